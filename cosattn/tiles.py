@@ -1,0 +1,86 @@
+"""Tile shapes: (spec) -> how the work of one kernel is cut, checked against shared memory and registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosattn.arch import ARCHS
+from cosattn.spec import KernelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTiles:
+    """How the forward kernel is cut."""
+
+    block_m: int
+    """Query rows of a thread block."""
+    block_n: int
+    """Keys of a tile."""
+    chunk: int
+    """Keys whose logits are held in registers at once."""
+    warps: int
+    stages: int
+    """Key tiles in shared memory."""
+    blocks_per_sm: int
+    """Thread blocks the register allocation leaves room for."""
+    q_in_registers: bool
+
+    def shared_bytes(self, spec: KernelSpec) -> int:
+        """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
+        size = 4 if spec.dtype == "float32" else 2
+        along = _pad16(spec.head_dim) + 8
+        across = _pad16(spec.value_dim) + (4 if size == 4 else 8)
+        return size * (self.block_m * along + self.stages * self.block_n * (along + across))
+
+
+def _pad16(columns: int) -> int:
+    return (columns + 15) // 16 * 16
+
+
+def forward_tiles(spec: KernelSpec) -> ForwardTiles:
+    """The first candidate, fastest first, that fits the architecture's shared memory."""
+    limit = ARCHS[spec.arch].shared_memory
+    for tiles in _forward_candidates(spec):
+        if tiles.shared_bytes(spec) <= limit:
+            return tiles
+    raise AssertionError(f"no forward tile fits {spec.name}")
+
+
+def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
+    widest = max(spec.head_dim, spec.value_dim)
+    online = spec.softmax == "online"
+    if spec.dtype == "float32":
+        if widest <= 64:
+            return [
+                ForwardTiles(128, 64, 32, 8, 2, 1, False),
+                ForwardTiles(64, 32, 32, 4, 2, 1, False),
+            ]
+        if widest <= 128:
+            return [
+                ForwardTiles(128, 32, 32, 8, 2, 1, False),
+                ForwardTiles(64, 16, 16, 4, 2, 1, False),
+            ]
+        return [
+            ForwardTiles(64, 32, 32, 4, 2, 1, False),
+            ForwardTiles(32, 16, 16, 2, 2, 1, False),
+        ]
+    if widest <= 64:
+        return [ForwardTiles(128, 64, 64 if online else 16, 4, 2, 2, True)]
+    if widest <= 128:
+        chunk = 32 if online else 16
+        return [
+            ForwardTiles(128, 64, chunk, 4, 2, 2 if limit_of(spec) > 200_000 else 1, True),
+            ForwardTiles(128, 32, chunk, 4, 2, 1, True),
+            ForwardTiles(64, 32, chunk, 4, 2, 1, True),
+        ]
+    chunk = 32 if online else 16
+    return [
+        ForwardTiles(128, 64, chunk, 8, 2, 1, False),
+        ForwardTiles(64, 32, chunk, 4, 2, 1, False),
+        ForwardTiles(64, 16, 16, 4, 2, 1, False),
+    ]
+
+
+def limit_of(spec: KernelSpec) -> int:
+    """Shared memory per thread block of the spec's architecture."""
+    return ARCHS[spec.arch].shared_memory

@@ -1,0 +1,224 @@
+// Tiles in shared memory, matrix fragments in registers, and the products of the two.
+//
+// A tile is rows of PITCH elements; pad() and PITCH keep the fragment loads free of bank conflicts without a swizzle.
+// Products come in one form: fragments of 16 rows x STEP<T> (A) and STEP<T> x 16 columns (B). 16-bit types use one
+// tensor-core product per 8 columns; float32 splits each operand into two TF32 parts, x = hi + lo, and adds
+//     a b = hi_a hi_b + (hi_a lo_b + lo_a hi_b)                                            (3xTF32)
+// with the small products summed apart, because tensor cores truncate every partial sum to the largest term.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int pad16(int columns) { return (columns + 15) / 16 * 16; }
+
+// Depth of one product.
+template <class T> constexpr int STEP = 16;
+template <> constexpr int STEP<float> = 8;
+
+// Row pitch of a tile, in elements, whose rows run along the summed dimension (logits) ...
+constexpr int pitch_along(int columns) { return pad16(columns) + 8; }
+// ... and across it (values).
+template <class T> constexpr int pitch_across(int columns) { return pad16(columns) + (sizeof(T) == 4 ? 4 : 8); }
+
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % 32; }
+__device__ __forceinline__ int warp_id() { return int(threadIdx.x) / 32; }
+
+// ---- copies -------------------------------------------------------------------------------------------------------
+
+// Start copying ROWS rows of COLUMNS elements into a tile. Rows from rows_valid on, and the columns up to the next
+// multiple of 16, become zeros.
+template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
+__device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_t row_stride, int rows_valid) {
+    constexpr int VECTOR = 16 / int(sizeof(T));
+    constexpr int PER_ROW = pad16(COLUMNS) / VECTOR;
+    if constexpr (THREADS % PER_ROW == 0) {
+        constexpr int ROWS_PER_PASS = THREADS / PER_ROW;
+        const int column = int(threadIdx.x) % PER_ROW * VECTOR;
+        int row = int(threadIdx.x) / PER_ROW;
+        const T* source = global + row * row_stride + column;
+        T* target = tile + row * PITCH + column;
+#pragma unroll
+        for (int pass = 0; pass < (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS; ++pass) {
+            if (ROWS % ROWS_PER_PASS == 0 || row < ROWS)
+                copy_async16(target, source, row < rows_valid && column < COLUMNS);
+            row += ROWS_PER_PASS;
+            source += ROWS_PER_PASS * row_stride;
+            target += ROWS_PER_PASS * PITCH;
+        }
+    } else {
+        for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
+            const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
+            copy_async16(tile + row * PITCH + column, global + row * row_stride + column,
+                         row < rows_valid && column < COLUMNS);
+        }
+    }
+}
+
+// ---- fragments ----------------------------------------------------------------------------------------------------
+
+// 16 x STEP.
+template <class T> struct FragmentA {
+    uint32_t r[4];
+};
+template <> struct FragmentA<float> {
+    float hi[4], lo[4];
+    __device__ __forceinline__ void set(int i, float x) {
+        hi[i] = tf32_truncate(x);
+        lo[i] = x - hi[i];
+    }
+};
+
+// STEP x 16: columns 0..7 in the first half of the registers, 8..15 in the second.
+template <class T> struct FragmentB {
+    uint32_t r[4];
+};
+template <> struct FragmentB<float> {
+    float hi[4], lo[4];
+    __device__ __forceinline__ void set(int i, float x) {
+        hi[i] = tf32_truncate(x);
+        lo[i] = x - hi[i];
+    }
+};
+
+// 16 x 8 sums. Lane l holds (l / 4, 2 (l % 4) + {0, 1}) and the same 8 rows below.
+template <class T> struct Accumulator {
+    float c[4];
+    __device__ __forceinline__ void fill(int i, float x) { c[i] = x; }
+    __device__ __forceinline__ float value(int i) const { return c[i]; }
+};
+template <> struct Accumulator<float> {
+    float c[4], small[4];
+    __device__ __forceinline__ void fill(int i, float x) {
+        c[i] = x;
+        small[i] = 0.f;
+    }
+    __device__ __forceinline__ float value(int i) const { return c[i] + small[i]; }
+};
+template <class T> __device__ __forceinline__ void clear(Accumulator<T>& a) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.fill(i, 0.f);
+}
+
+// A[m][k] = tile[m][k].
+template <int PITCH, class T> __device__ __forceinline__ void load_a(FragmentA<T>& a, const T* tile) {
+    const int l = lane_id();
+    if constexpr (sizeof(T) == 2) {
+        load_matrix_x4(a.r, tile + l % 16 * PITCH + l / 16 * 8);
+    } else {
+        // The summed index may be taken in any order: 2t and 2t+1 stand for t and t+4.
+        const float2 top = *reinterpret_cast<const float2*>(tile + l / 4 * PITCH + l % 4 * 2);
+        const float2 bottom = *reinterpret_cast<const float2*>(tile + (l / 4 + 8) * PITCH + l % 4 * 2);
+        a.set(0, top.x), a.set(1, bottom.x), a.set(2, top.y), a.set(3, bottom.y);
+    }
+}
+
+// A[m][k] = tile[k][m].
+template <int PITCH, class T> __device__ __forceinline__ void load_a_transposed(FragmentA<T>& a, const T* tile) {
+    const int l = lane_id();
+    if constexpr (sizeof(T) == 2) {
+        load_matrix_x4_transposed(a.r, tile + (l % 8 + l / 16 * 8) * PITCH + l / 8 % 2 * 8);
+    } else {
+        const T* first = tile + l % 4 * 2 * PITCH + l / 4;
+        a.set(0, first[0]), a.set(1, first[8]), a.set(2, first[PITCH]), a.set(3, first[PITCH + 8]);
+    }
+}
+
+// B[k][n] = tile[n][k].
+template <int PITCH, class T> __device__ __forceinline__ void load_b_transposed(FragmentB<T>& b, const T* tile) {
+    const int l = lane_id();
+    if constexpr (sizeof(T) == 2) {
+        load_matrix_x4(b.r, tile + (l % 8 + l / 16 * 8) * PITCH + l / 8 % 2 * 8);
+    } else {
+        const float2 left = *reinterpret_cast<const float2*>(tile + l / 4 * PITCH + l % 4 * 2);
+        const float2 right = *reinterpret_cast<const float2*>(tile + (l / 4 + 8) * PITCH + l % 4 * 2);
+        b.set(0, left.x), b.set(1, left.y), b.set(2, right.x), b.set(3, right.y);
+    }
+}
+
+// B[k][n] = tile[k][n].
+template <int PITCH, class T> __device__ __forceinline__ void load_b(FragmentB<T>& b, const T* tile) {
+    const int l = lane_id();
+    if constexpr (sizeof(T) == 2) {
+        load_matrix_x4_transposed(b.r, tile + l % 16 * PITCH + l / 16 * 8);
+    } else {
+        const T* first = tile + l % 4 * 2 * PITCH + l / 4;
+        b.set(0, first[0]), b.set(1, first[PITCH]), b.set(2, first[8]), b.set(3, first[PITCH + 8]);
+    }
+}
+
+// (left, right) += a b.
+template <class T>
+__device__ __forceinline__ void multiply_add(Accumulator<T>& left, Accumulator<T>& right, const FragmentA<T>& a,
+                                             const FragmentB<T>& b) {
+    if constexpr (sizeof(T) == 2) {
+        mma_m16n8k16<T>(left.c, a.r, b.r[0], b.r[1]);
+        mma_m16n8k16<T>(right.c, a.r, b.r[2], b.r[3]);
+    } else {
+        mma_m16n8k8_tf32(left.small, a.lo, b.hi[0], b.hi[1]);
+        mma_m16n8k8_tf32(right.small, a.lo, b.hi[2], b.hi[3]);
+        mma_m16n8k8_tf32(left.small, a.hi, b.lo[0], b.lo[1]);
+        mma_m16n8k8_tf32(right.small, a.hi, b.lo[2], b.lo[3]);
+        mma_m16n8k8_tf32(left.c, a.hi, b.hi[0], b.hi[1]);
+        mma_m16n8k8_tf32(right.c, a.hi, b.hi[2], b.hi[3]);
+    }
+}
+
+// The columns of two neighbouring 16 x 8 blocks become the summed index of the next product: x(block, i) is element i
+// of this lane, and no element changes lanes. Gives 16 / STEP fragments.
+template <class T, class F> __device__ __forceinline__ void fragments_of(FragmentA<T> (&a)[16 / STEP<T>], F x) {
+    if constexpr (sizeof(T) == 2) {
+        a[0].r[0] = pack2<T>(x(0, 0), x(0, 1));
+        a[0].r[1] = pack2<T>(x(0, 2), x(0, 3));
+        a[0].r[2] = pack2<T>(x(1, 0), x(1, 1));
+        a[0].r[3] = pack2<T>(x(1, 2), x(1, 3));
+    } else {
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+            a[block].set(0, x(block, 0)), a[block].set(1, x(block, 2));
+            a[block].set(2, x(block, 1)), a[block].set(3, x(block, 3));
+        }
+    }
+}
+
+// ---- 8 consecutive elements ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load8(float (&x)[8], const float* from) {
+    const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+template <class T> __device__ __forceinline__ void load8(float (&x)[8], const T* from) {
+    const uint4 a = *reinterpret_cast<const uint4*>(from);
+    const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack2<T>(words[i]);
+        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+}
+__device__ __forceinline__ void store8(float* to, const float (&x)[8]) {
+    reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+    reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+template <class T> __device__ __forceinline__ void store8(T* to, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
+                                               pack2<T>(x[6], x[7]));
+}
+__device__ __forceinline__ void store2(float* to, float x, float y) {
+    *reinterpret_cast<float2*>(to) = make_float2(x, y);
+}
+template <class T> __device__ __forceinline__ void store2(T* to, float x, float y) {
+    *reinterpret_cast<uint32_t*>(to) = pack2<T>(x, y);
+}
+
+// Rows of B (the summed index) that nobody may see become zeros, so that 0 * NaN never happens. `visible`: bits 0, 1
+// are this lane's rows 2t, 2t + 1, and for 16-bit types bits 2, 3 the rows 8 below.
+template <class T> __device__ __forceinline__ void hide_rows(FragmentB<T>& b, uint32_t visible) {
+    if constexpr (sizeof(T) == 2) {
+        const uint32_t upper = (visible & 1 ? 0xffffu : 0u) | (visible & 2 ? 0xffff0000u : 0u);
+        const uint32_t lower = (visible & 4 ? 0xffffu : 0u) | (visible & 8 ? 0xffff0000u : 0u);
+        b.r[0] &= upper, b.r[2] &= upper, b.r[1] &= lower, b.r[3] &= lower;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (!(visible >> (i % 2) & 1)) b.hi[i] = b.lo[i] = 0.f;
+    }
+}

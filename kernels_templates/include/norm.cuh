@@ -1,0 +1,105 @@
+// L2 normalisation of rows, in float32: x_hat = x / |x| per group of D / GROUPS columns; a group whose norm is at most
+// EPSILON gives zeros. A row is held by row_lanes(D) neighbouring lanes, 8 columns a lane.
+#pragma once
+#include "matrix.cuh"
+#include "params.cuh"
+
+constexpr float EPSILON = 1e-12f;
+
+constexpr int row_lanes(int columns) {
+    int lanes = 1;
+    while (lanes * 8 < columns) lanes *= 2;
+    return lanes;
+}
+
+// Sum over `lanes` neighbouring lanes, lanes a power of two.
+template <int LANES> __device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+    for (int other = LANES / 2; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
+    return x;
+}
+
+// Sums per group of what each column contributes: out[i] is the sum over the group of this lane's column i.
+// Lanes outside the row contribute zeros. Called by whole warps.
+template <int D, int GROUPS>
+__device__ __forceinline__ void sum_groups(float (&out)[8], const float (&x)[8], int lane_in_row) {
+    constexpr int WIDTH = D / GROUPS;
+    constexpr int LANES = row_lanes(D);
+    constexpr int GROUP_LANES = WIDTH / 8;
+    if constexpr (GROUPS == 1 || (WIDTH % 8 == 0 && (GROUP_LANES & (GROUP_LANES - 1)) == 0)) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += x[i];
+        sum = sum_lanes<(GROUPS == 1 ? LANES : GROUP_LANES)>(sum);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] = sum;
+    } else {
+        for (int group = 0; group < GROUPS; ++group) {
+            float sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if ((lane_in_row * 8 + i) / WIDTH == group) sum += x[i];
+            sum = sum_lanes<LANES>(sum);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if ((lane_in_row * 8 + i) / WIDTH == group) out[i] = sum;
+        }
+    }
+}
+
+// 1 / |x| for each of this lane's columns; 0 where |x| <= EPSILON.
+template <int D, int GROUPS>
+__device__ __forceinline__ void inverse_norms(float (&inverse)[8], const float (&x)[8], int lane_in_row) {
+    float squares[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares[i] = x[i] * x[i];
+    sum_groups<D, GROUPS>(inverse, squares, lane_in_row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) inverse[i] = inverse[i] <= EPSILON * EPSILON ? 0.f : reciprocal_sqrt(inverse[i]);
+}
+
+// Rows of a tile in shared memory, in place: x <- factor * x_hat (NORMALIZE), or factor * x.
+template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, class T>
+__device__ __forceinline__ void normalize_tile(T* tile, float factor) {
+    constexpr int LANES = row_lanes(D);
+    constexpr int ROWS_PER_PASS = THREADS / LANES;
+    const int lane = int(threadIdx.x) % LANES;
+    const bool holds_columns = lane * 8 < D;
+#pragma unroll 4
+    for (int first = 0; first < ROWS; first += ROWS_PER_PASS) {
+        const int row = first + int(threadIdx.x) / LANES;
+        const bool inside = holds_columns && (ROWS % ROWS_PER_PASS == 0 || row < ROWS);
+        float x[8] = {}, inverse[8];
+        if (inside) load8(x, tile + row * PITCH + lane * 8);
+        if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] *= NORMALIZE ? inverse[i] * factor : factor;
+        if (inside) store8(tile + row * PITCH + lane * 8, x);
+    }
+}
+
+// Rows of a (batch, heads, length, D) tensor into contiguous rows: x_hat * factor. `mask` (may be null): rows of keys
+// that nobody may attend become zeros, so that nothing they hold is ever multiplied.
+template <int D, int GROUPS, int THREADS, class T>
+__device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stride, int64_t rows, int heads, int length,
+                                               float factor, const float* head_factor, const unsigned char* mask,
+                                               int64_t mask_b, int64_t mask_s, int64_t block) {
+    constexpr int LANES = row_lanes(D);
+    constexpr int ROWS_PER_BLOCK = THREADS / LANES;
+    const int lane = int(threadIdx.x) % LANES;
+    const int64_t row = block * ROWS_PER_BLOCK + int(threadIdx.x) / LANES;
+    const bool inside = row < rows && lane * 8 < D;
+    const int64_t b = row / (int64_t(heads) * length);
+    const int h = int(row / length % heads);
+    const int s = int(row % length);
+    float x[8] = {}, inverse[8];
+    if (inside && (mask == nullptr || mask[b * mask_b + s * mask_s]))
+        load8(x, from + b * stride.b + h * stride.h + s * stride.s + lane * 8);
+    inverse_norms<D, GROUPS>(inverse, x, lane);
+    if (inside) {
+        if (head_factor != nullptr) factor *= head_factor[h];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] *= inverse[i] * factor;
+        store8(to + row * D + lane * 8, x);
+    }
+}
