@@ -1,0 +1,85 @@
+"""Rendered source -> shared library for the emulator, one compilation per distinct source."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPLACED = ("ptx.cuh", "launch.cuh")
+"""Headers of the kernels that the emulator brings its own version of."""
+
+_COMPILER = os.environ.get("CXX", "g++")
+_COMMON = ["-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{HERE / 'include'}"]
+_MACHINE = [*_COMMON, "-O2", "-march=native", "-fvisibility=hidden", "-Wall", "-Wextra"]
+_KERNEL = [
+    *_COMMON,
+    "-O1",
+    "-g1",
+    "-fsanitize=thread",  # every load and store calls the machine; the sanitizer's own runtime is not linked
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+    "-include",
+    "cuda_runtime.h",
+]
+
+
+class CompileError(AssertionError):
+    """The host compiler refused the source."""
+
+
+def cache_directory() -> Path:
+    """Where libraries are kept; names are content digests, so it may outlive a test session."""
+    path = Path(os.environ.get("COSATTN_EMULATOR_CACHE", f"{tempfile.gettempdir()}/cosattn-emulator-{os.getuid()}"))
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
+    """Compile one ``.cu`` source with the headers it includes (relative name -> text)."""
+    emulator = {path.name: path.read_text() for path in sorted((HERE / "include").iterdir())}
+    headers = {name: emulator[Path(name).name] if Path(name).name in REPLACED else text for name, text in (headers or {}).items()}
+    machine = _machine()
+    digest = _digest([source, *(part for item in sorted(headers.items()) for part in item)], emulator, machine.name, _KERNEL)
+    target = cache_directory() / f"{digest}.so"
+    if target.exists():
+        return target
+    folder = cache_directory() / digest
+    for name, text in headers.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    folder.mkdir(exist_ok=True)
+    kernel = folder / "kernel.cpp"
+    kernel.write_text(source)
+    _compile([*_KERNEL, f"-I{folder}", "-c", str(kernel), "-o", str(folder / "kernel.o")])
+    # Linked without -fsanitize=thread: the machine defines what the instrumentation calls.
+    private = target.with_suffix(f".{os.getpid()}")
+    _compile(["-shared", "-Wl,--no-undefined", str(folder / "kernel.o"), str(machine), "-ldl", "-o", str(private)])
+    private.replace(target)
+    return target
+
+
+def _machine() -> Path:
+    source = HERE / "machine.cpp"
+    target = cache_directory() / f"machine-{_digest([source.read_text(), (HERE / 'include/machine.h').read_text()], _MACHINE)}.o"
+    if not target.exists():
+        private = target.with_suffix(f".{os.getpid()}")
+        _compile([*_MACHINE, "-c", str(source), "-o", str(private)])
+        private.replace(target)
+    return target
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr((_COMPILER, parts)).encode()).hexdigest()[:24]
+
+
+def _compile(arguments: list[str]) -> None:
+    done = subprocess.run([_COMPILER, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(f"{_COMPILER} {' '.join(arguments)}\n{done.stderr}")

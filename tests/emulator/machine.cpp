@@ -1,0 +1,805 @@
+// A CUDA thread block on one CPU thread.
+//
+// Every CUDA thread is a fiber; the scheduler runs one at a time until it blocks, choosing warps and lanes at random
+// from a seed. Warp-wide instructions are meetings of 32 fibers, carried out once by the last lane to arrive.
+// Shared memory starts as NaN (0xFF). The kernel is compiled with -fsanitize=thread and linked with the __tsan_*
+// functions below instead of that sanitizer's runtime, so that every load and store passes through access(): it
+// reports shared memory out of bounds, races (two threads, one of them writing, no barrier between), misaligned
+// vector accesses, and reads of what an asynchronous copy has not delivered yet.
+// The first fault ends the launch: its message waits in fault_message().
+#include "machine.h"
+
+#include <csetjmp>
+#include <csignal>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <ucontext.h>
+
+struct uint3 {
+    unsigned x, y, z;
+};
+uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+// ---- context switch -----------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+// Saves the callee-saved registers and the stack pointer, loads the other side's.
+extern "C" void emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.type emulator_switch, @function
+.hidden emulator_switch
+.globl emulator_switch
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulator_switch, . - emulator_switch
+)");
+struct Context {
+    void* stack_pointer;
+    void start(char* stack, size_t bytes, void (*entry)()) {
+        auto top = reinterpret_cast<uintptr_t*>(stack + bytes);  // 16-byte aligned
+        *--top = 0;                                              // return address of entry, which never returns
+        *--top = reinterpret_cast<uintptr_t>(entry);
+        for (int i = 0; i < 6; ++i) *--top = 0;
+        stack_pointer = top;
+    }
+    static void change(Context& from, Context& to) { emulator_switch(&from.stack_pointer, to.stack_pointer); }
+};
+#else
+struct Context {
+    ucontext_t context;
+    void start(char* stack, size_t bytes, void (*entry)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = bytes;
+        context.uc_link = nullptr;
+        makecontext(&context, entry, 0);
+    }
+    static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+namespace emulator {
+namespace {
+
+constexpr int max_threads = 1024;
+constexpr size_t max_shared = 227 * 1024;
+constexpr size_t shared_margin = 256 * 1024;  // address space around shared memory, to recognise near misses
+constexpr size_t page = 4096;
+constexpr size_t stack_bytes = 256 * 1024;
+constexpr unsigned char poison = 0xFF;
+
+// A line of the kernel's source, or (file null) an address in its code.
+struct Where {
+    const char* file = nullptr;
+    uintptr_t line = 0;
+    Where() = default;
+    Where(Site site) : file(site.file), line(uintptr_t(site.line)) {}
+    explicit Where(void* code) : line(reinterpret_cast<uintptr_t>(code)) {}
+};
+
+struct Copy {
+    unsigned char* shared;
+    const void* global;
+    int bytes;
+    bool valid;
+    uint64_t group;
+    Where where;
+};
+
+struct Fiber {
+    Context context;
+    bool done;
+    const char* waits_at;  // null while it can run
+    Site site;
+    std::vector<Copy> copies;
+    uint64_t group;  // number of groups committed so far
+};
+
+struct Warp {
+    uint32_t ready;
+    uint32_t epoch;  // barriers of this warp so far, never reset
+    int arrived;
+    const char* name;
+    Site site;
+    void* operands[32];
+};
+
+// What is remembered of each byte of shared memory.
+struct Byte {
+    uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
+    int16_t writer, reader;
+    bool in_flight;
+    bool many_lanes, many_warps;  // readers since the last barrier of the warp, of the block
+    Where write_where, read_where;
+};
+
+struct Statistics {
+    uint64_t blocks, barriers, collectives, mma, ldmatrix, ldmatrix_conflicts, copies;
+};
+
+struct Machine {
+    uint64_t random = 1, seed = 1;
+    int patience_s = 60;
+    Statistics statistics{};
+    std::string message;
+    sigjmp_buf escape;
+
+    void (*invoke)(void*);
+    void* kernel;
+    int threads, shared_bytes;
+    Fiber* fiber = nullptr;  // the running one
+    int self = 0;
+    Context scheduler;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    char* stacks = nullptr;
+    unsigned char* region = nullptr;
+    unsigned char* shared = nullptr;
+    Byte* bytes = nullptr;
+    uint32_t epoch = 0;  // block barriers and block starts so far, never reset
+    int done = 0;
+    std::vector<unsigned> order;  // of the blocks
+
+    int barrier_arrived = 0, barrier_sum = 0, barrier_result = 0;
+    const char* barrier_name = nullptr;
+    Site barrier_site{};
+} m;
+
+uint64_t next_random() {  // xorshift64*
+    m.random ^= m.random >> 12;
+    m.random ^= m.random << 25;
+    m.random ^= m.random >> 27;
+    return m.random * 0x2545F4914F6CDD1DULL;
+}
+unsigned below(unsigned n) { return unsigned((next_random() >> 32) * n >> 32); }
+
+std::string text(const Where& where) {
+    char buffer[256];
+    Dl_info info{};
+    if (where.file) {
+        const char* slash = strrchr(where.file, '/');
+        snprintf(buffer, sizeof buffer, "%s:%d", slash ? slash + 1 : where.file, int(where.line));
+    } else if (dladdr(reinterpret_cast<void*>(where.line), &info)) {  // the harness turns this into file:line
+        snprintf(buffer, sizeof buffer, "<+0x%zx>", size_t(where.line - reinterpret_cast<uintptr_t>(info.dli_fbase)));
+    } else {
+        snprintf(buffer, sizeof buffer, "?");
+    }
+    return buffer;
+}
+
+[[noreturn]] void leave(const std::string& message) {
+    m.message = message;
+    siglongjmp(m.escape, 1);
+}
+
+void switch_to_scheduler() { Context::change(m.fiber->context, m.scheduler); }
+
+// Sleeps until somebody sets the ready bit of this thread.
+void wait(const char* name, Site site) {
+    Fiber& fiber = *m.fiber;
+    fiber.waits_at = name;
+    fiber.site = site;
+    m.warps[m.self / 32].ready &= ~(1u << m.self % 32);
+    switch_to_scheduler();
+    fiber.waits_at = nullptr;
+}
+
+void fiber_main() {
+    m.invoke(m.kernel);
+    m.fiber->done = true;
+    m.warps[m.self / 32].ready &= ~(1u << m.self % 32);
+    ++m.done;
+    switch_to_scheduler();
+    abort();
+}
+
+std::string waiting() {
+    struct Group {
+        const char* name;
+        Site site;
+        int count, first;
+    };
+    std::vector<Group> groups;
+    for (int t = 0; t < m.threads; ++t) {
+        Fiber& f = m.fibers[t];
+        const char* name = f.done ? "exit" : f.waits_at;
+        bool found = false;
+        for (Group& g : groups)
+            if (!strcmp(g.name, name) && (f.done || g.site.line == f.site.line)) ++g.count, found = true;
+        if (!found) groups.push_back({name, f.done ? Site{nullptr, 0} : f.site, 1, t});
+    }
+    std::string s;
+    for (Group& g : groups) {
+        char buffer[256];
+        snprintf(buffer, sizeof buffer, "%s%d threads (first: %d) at %s", s.empty() ? "" : "; ", g.count, g.first, g.name);
+        s += buffer;
+        if (g.site.file) s += " " + text(g.site);
+    }
+    return s;
+}
+
+// Copies that nobody waited for: by an exited block, or by a launch that ended in a fault.
+void forget_copies() {
+    for (Fiber& f : m.fibers) {
+        for (Copy& copy : f.copies)
+            for (int i = 0; i < copy.bytes; ++i) m.bytes[copy.shared - m.shared + i].in_flight = false;
+        f.copies.clear();
+    }
+}
+
+void run_block() {
+    ++m.epoch;
+    ++m.statistics.blocks;
+    m.done = m.barrier_arrived = m.barrier_sum = 0;
+    memset(m.shared, poison, size_t(m.shared_bytes));
+    forget_copies();
+    int warps = m.threads / 32;
+    for (int w = 0; w < warps; ++w) {
+        m.warps[w].ready = 0xffffffffu;
+        m.warps[w].arrived = 0;
+        ++m.warps[w].epoch;
+    }
+    for (int t = 0; t < m.threads; ++t) {
+        Fiber& f = m.fibers[t];
+        f.done = false;
+        f.waits_at = nullptr;
+        f.group = 0;
+        f.context.start(m.stacks + size_t(t) * stack_bytes + page, stack_bytes - page, fiber_main);
+    }
+    // How long a warp runs before another one gets its turn: from lockstep to one after another.
+    static const unsigned stay_of_16[] = {0, 8, 15, 16};
+    unsigned stay = stay_of_16[below(4)];
+    int w = int(below(unsigned(warps)));
+    while (m.done < m.threads) {
+        if (!m.warps[w].ready || below(16) >= stay) {
+            int first = int(below(unsigned(warps))), i = 0;
+            while (i < warps && !m.warps[(first + i) % warps].ready) ++i;
+            if (i == warps) leave("deadlock: " + waiting());
+            w = (first + i) % warps;
+        }
+        unsigned start = below(32), step = below(16) * 2 + 1;
+        for (unsigned i = 0; i < 32; ++i) {
+            unsigned l = (start + i * step) % 32;
+            if (!(m.warps[w].ready >> l & 1)) continue;
+            m.self = w * 32 + int(l);
+            m.fiber = &m.fibers[m.self];
+            threadIdx = {unsigned(m.self), 0, 0};
+            Context::change(m.scheduler, m.fiber->context);
+        }
+    }
+    m.fiber = nullptr;
+}
+
+// ---- signals ------------------------------------------------------------------------------------------------------
+
+std::string here() {
+    char buffer[128];
+    snprintf(buffer, sizeof buffer, "block (%u, %u, %u) thread %d: ", blockIdx.x, blockIdx.y, blockIdx.z, m.self);
+    return buffer;
+}
+
+void on_signal(int signal, siginfo_t* info, void* context) {
+#if defined(__x86_64__)
+    void* code = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+#else
+    void* code = nullptr;
+#endif
+    char buffer[256];
+    auto address = static_cast<char*>(info->si_addr);
+    if (signal == SIGVTALRM) {
+        snprintf(buffer, sizeof buffer, "still running after %d s at ", m.patience_s);
+    } else if (address >= m.stacks && address < m.stacks + size_t(max_threads) * stack_bytes) {
+        snprintf(buffer, sizeof buffer, "stack overflow (%zu bytes a thread) at ", stack_bytes);
+    } else {  // the harness puts a name to the address
+        snprintf(buffer, sizeof buffer, "access violation at address <0x%zx> at ", size_t(address));
+    }
+    leave(here() + buffer + text(Where(code)));
+}
+
+class Signals {
+  public:
+    Signals() {
+        stack_t stack{};
+        stack.ss_sp = memory_;
+        stack.ss_size = sizeof memory_;
+        sigaltstack(&stack, &old_stack_);
+        struct sigaction action{};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        for (int i = 0; i < 3; ++i) sigaction(signals_[i], &action, &old_[i]);
+        itimerval timer{};
+        timer.it_value.tv_sec = m.patience_s;
+        setitimer(ITIMER_VIRTUAL, &timer, &old_timer_);
+    }
+    ~Signals() {
+        setitimer(ITIMER_VIRTUAL, &old_timer_, nullptr);
+        for (int i = 0; i < 3; ++i) sigaction(signals_[i], &old_[i], nullptr);
+        sigaltstack(&old_stack_, nullptr);
+    }
+
+  private:
+    const int signals_[3] = {SIGSEGV, SIGBUS, SIGVTALRM};
+    struct sigaction old_[3];
+    stack_t old_stack_;
+    itimerval old_timer_;
+    static char memory_[64 * 1024];
+};
+char Signals::memory_[64 * 1024];
+
+char* map(size_t bytes) {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        perror("emulator: mmap");
+        abort();
+    }
+    return static_cast<char*>(p);
+}
+
+void prepare(int threads) {
+    if (!m.region) {
+        m.region = reinterpret_cast<unsigned char*>(map(max_shared + 2 * shared_margin));
+        m.shared = m.region + shared_margin;
+        m.bytes = reinterpret_cast<Byte*>(map(sizeof(Byte) * max_shared));
+        m.stacks = map(size_t(max_threads) * stack_bytes);
+        for (int t = 0; t < max_threads; ++t) mprotect(m.stacks + size_t(t) * stack_bytes, page, PROT_NONE);
+        m.warps.resize(max_threads / 32);
+        m.fibers.resize(max_threads);
+    }
+    m.threads = threads;
+}
+
+// ---- shared memory ------------------------------------------------------------------------------------------------
+
+enum class Kind { read, write };
+
+// True when somebody of warp and epochs given, not this thread, is not ordered before this thread.
+bool unordered(uint32_t epoch, uint32_t warp_epoch, int thread) {
+    return epoch == m.epoch && (thread / 32 != m.self / 32 || warp_epoch == m.warps[m.self / 32].epoch);
+}
+
+[[noreturn]] void race(size_t offset, const char* mine, const char* theirs, int thread, Where there, Where where) {
+    fault("race in shared memory: %s byte %zu at %s, which thread %d %s at %s with no barrier between", mine, offset,
+          text(where).c_str(), thread, theirs, text(there).c_str());
+}
+
+void access(const void* address, size_t size, Kind kind, Where where) {
+    size_t from_region = size_t(static_cast<const unsigned char*>(address) - m.region);
+    if (from_region >= max_shared + 2 * shared_margin || !m.fiber) return;
+    long first = static_cast<const unsigned char*>(address) - m.shared;
+    const char* verb = kind == Kind::write ? "writes" : "reads";
+    if (first < 0 || first + long(size) > m.shared_bytes)
+        fault("shared memory out of bounds: %s bytes [%ld, %ld) of %d at %s", verb, first, first + long(size),
+              m.shared_bytes, text(where).c_str());
+    uint32_t warp_epoch = m.warps[m.self / 32].epoch;
+    int16_t self = int16_t(m.self);
+    for (size_t i = size_t(first); i < size_t(first) + size; ++i) {
+        Byte& b = m.bytes[i];
+        if (b.in_flight)
+            fault("%s byte %zu of shared memory at %s while the copy_async of thread %d at %s is under way", verb, i,
+                  text(where).c_str(), b.writer, text(b.write_where).c_str());
+        if (b.writer != self && unordered(b.write_epoch, b.write_warp_epoch, b.writer))
+            race(i, verb, "wrote", b.writer, b.write_where, where);
+        if (kind == Kind::read) {
+            if (b.read_epoch != m.epoch) {
+                b.many_lanes = b.many_warps = false;
+            } else if (b.reader / 32 != self / 32) {
+                b.many_warps = true;
+                b.many_lanes = false;
+            } else if (b.read_warp_epoch != warp_epoch) {
+                b.many_lanes = false;
+            } else if (b.reader != self) {
+                b.many_lanes = true;
+            }
+            b.read_epoch = m.epoch;
+            b.read_warp_epoch = warp_epoch;
+            b.reader = self;
+            b.read_where = where;
+        } else {
+            if (b.read_epoch == m.epoch &&
+                (b.many_warps || ((b.reader != self || b.many_lanes) && unordered(b.read_epoch, b.read_warp_epoch, b.reader))))
+                race(i, verb, "read", b.reader, b.read_where, where);
+            b.write_epoch = m.epoch;
+            b.write_warp_epoch = warp_epoch;
+            b.writer = self;
+            b.write_where = where;
+        }
+    }
+}
+
+void require_shared(const char* name, const void* address, size_t bytes, Site site) {
+    long offset = static_cast<const unsigned char*>(address) - m.shared;
+    if (offset < 0 || offset + long(bytes) > m.shared_bytes)
+        fault("%s at %s: shared memory out of bounds: bytes [%ld, %ld) of %d", name, text(site).c_str(), offset,
+              offset + long(bytes), m.shared_bytes);
+    require_aligned(name, address, bytes, site);
+}
+
+void land(const Copy& copy) {
+    for (int i = 0; i < copy.bytes; ++i) m.bytes[copy.shared - m.shared + i].in_flight = false;
+    access(copy.shared, size_t(copy.bytes), Kind::write, copy.where);
+    if (copy.valid)
+        memcpy(copy.shared, copy.global, size_t(copy.bytes));
+    else
+        memset(copy.shared, 0, size_t(copy.bytes));
+}
+
+}  // namespace
+
+// ---- host ---------------------------------------------------------------------------------------------------------
+
+int run(Grid grid, int threads, int shared_bytes, void (*invoke)(void*), void* kernel) {
+    m.message.clear();
+    if (threads <= 0 || threads > max_threads || threads % 32) {
+        m.message = "a block of " + std::to_string(threads) + " threads (1 to 1024, whole warps)";
+        return fault_status;
+    }
+    if (shared_bytes < 0 || size_t(shared_bytes) > max_shared) {
+        m.message = "a block with " + std::to_string(shared_bytes) + " bytes of shared memory";
+        return fault_status;
+    }
+    if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
+        m.message = "a grid beyond 2^31-1 x 65535 x 65535";
+        return fault_status;
+    }
+    prepare(threads);
+    m.random = m.seed;
+    m.invoke = invoke;
+    m.kernel = kernel;
+    m.shared_bytes = shared_bytes;
+    gridDim = {grid.x, grid.y, grid.z};
+    blockDim = {unsigned(threads), 1, 1};
+    m.order.resize(size_t(grid.x) * grid.y * grid.z);
+    for (size_t i = 0; i < m.order.size(); ++i) {
+        size_t j = below(unsigned(i) + 1);
+        m.order[i] = m.order[j];
+        m.order[j] = unsigned(i);
+    }
+    Signals signals;
+    if (sigsetjmp(m.escape, 1)) {
+        m.fiber = nullptr;
+        return fault_status;
+    }
+    for (unsigned i : m.order) {
+        blockIdx = {i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y};
+        run_block();
+    }
+    return 0;
+}
+
+const char* fault_message() { return m.message.c_str(); }
+
+void fault(const char* format, ...) {
+    char buffer[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(buffer, sizeof buffer, format, arguments);
+    va_end(arguments);
+    leave(here() + buffer);
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void emulator_configure(unsigned long long seed, int patience_s) {
+    m.seed = (seed * 0x9E3779B97F4A7C15ULL) ^ 0xD1B54A32D192ED03ULL;
+    if (!m.seed) m.seed = 1;
+    m.patience_s = patience_s;
+    m.statistics = {};
+}
+EXPORT const char* emulator_fault() { return fault_message(); }
+EXPORT void emulator_statistics(uint64_t* out) { memcpy(out, &m.statistics, sizeof m.statistics); }
+
+// ---- block and warp -----------------------------------------------------------------------------------------------
+
+unsigned char* shared_memory() { return m.shared; }
+int lane() { return m.self % 32; }
+
+void block_barrier(const char* name, Site site) {
+    if (m.barrier_arrived == 0) {
+        m.barrier_name = name;
+        m.barrier_site = site;
+    } else if (m.barrier_site.line != site.line || strcmp(m.barrier_name, name)) {
+        fault("divergent barrier: this thread is at %s %s, others wait at %s %s", name, text(site).c_str(),
+              m.barrier_name, text(m.barrier_site).c_str());
+    }
+    if (++m.barrier_arrived < m.threads) {
+        wait(name, site);
+        return;
+    }
+    m.barrier_arrived = 0;
+    m.barrier_result = m.barrier_sum;
+    m.barrier_sum = 0;
+    ++m.epoch;
+    ++m.statistics.barriers;
+    for (int w = 0; w < m.threads / 32; ++w) m.warps[w].ready = 0xffffffffu;
+}
+
+int block_count(int predicate, Site site) {
+    m.barrier_sum += predicate != 0;
+    block_barrier("__syncthreads_count", site);
+    return m.barrier_result;
+}
+
+void warp_collective(const char* name, Site site, void* operands, Compute compute) {
+    Warp& warp = m.warps[m.self / 32];
+    if (warp.arrived == 0) {
+        warp.name = name;
+        warp.site = site;
+    } else if (warp.site.line != site.line || strcmp(warp.name, name)) {
+        fault("divergent warp: lane %d is at %s %s, others wait at %s %s", m.self % 32, name, text(site).c_str(),
+              warp.name, text(warp.site).c_str());
+    }
+    warp.operands[m.self % 32] = operands;
+    if (++warp.arrived < 32) {
+        wait(name, site);
+        return;
+    }
+    warp.arrived = 0;
+    ++m.statistics.collectives;
+    if (compute) compute(warp.operands);
+    warp.ready = 0xffffffffu;
+}
+
+void warp_barrier(Site site) {
+    warp_collective("__syncwarp", site, nullptr, [](void* const*) { ++m.warps[m.self / 32].epoch; });
+}
+
+uint64_t shuffle(const char* name, uint64_t value, int source_lane, Site site) {
+    struct Operand {
+        uint64_t value, result;
+        int source;
+    } operand{value, 0, source_lane & 31};
+    warp_collective(name, site, &operand, [](void* const operands[32]) {
+        for (int l = 0; l < 32; ++l) {
+            auto self = static_cast<Operand*>(operands[l]);
+            self->result = static_cast<Operand*>(operands[self->source])->value;
+        }
+    });
+    return operand.result;
+}
+
+unsigned ballot(int predicate, Site site) {
+    struct Operand {
+        int predicate;
+        unsigned result;
+    } operand{predicate, 0};
+    warp_collective("__ballot_sync", site, &operand, [](void* const operands[32]) {
+        unsigned bits = 0;
+        for (int l = 0; l < 32; ++l) bits |= unsigned(static_cast<Operand*>(operands[l])->predicate != 0) << l;
+        for (int l = 0; l < 32; ++l) static_cast<Operand*>(operands[l])->result = bits;
+    });
+    return operand.result;
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+void require_aligned(const char* name, const void* address, size_t alignment, Site site) {
+    if (reinterpret_cast<uintptr_t>(address) % alignment)
+        fault("%s at %s: address is not %zu-byte aligned", name, text(site).c_str(), alignment);
+}
+
+void load_matrix_x4(uint32_t (&r)[4], const void* row, bool transposed, Site site) {
+    const char* name = transposed ? "load_matrix_x4_transposed" : "load_matrix_x4";
+    require_shared(name, row, 16, site);
+    access(row, 16, Kind::read, site);
+    struct Operand {
+        uint32_t* r;
+        const unsigned char* row;
+        bool transposed;
+    } operand{r, static_cast<const unsigned char*>(row), transposed};
+    warp_collective(name, site, &operand, [](void* const operands[32]) {
+        auto of = [&](int l) { return static_cast<Operand*>(operands[l]); };
+        ++m.statistics.ldmatrix;
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            uint16_t element[8][8];
+            int rows_in[8] = {}, most = 0;
+            for (int i = 0; i < 8; ++i) {
+                const unsigned char* p = of(matrix * 8 + i)->row;
+                memcpy(element[i], p, 16);
+                bool seen = false;  // the same row twice is one access
+                for (int j = 0; j < i; ++j) seen |= of(matrix * 8 + j)->row == p;
+                int& bank = rows_in[(p - m.shared) / 16 % 8];
+                if (!seen && ++bank > most) most = bank;
+            }
+            m.statistics.ldmatrix_conflicts += uint64_t(most - 1);
+            for (int l = 0; l < 32; ++l) {
+                int i = l / 4, j = l % 4 * 2;
+                uint16_t lo = of(l)->transposed ? element[j][i] : element[i][j];
+                uint16_t hi = of(l)->transposed ? element[j + 1][i] : element[i][j + 1];
+                of(l)->r[matrix] = lo | uint32_t(hi) << 16;
+            }
+        }
+    });
+}
+
+// The copy lands as late as the program allows: at the wait of the thread that issued it. Until then the destination
+// holds NaN and may not be touched.
+void copy_async(void* shared, const void* global, int bytes, bool valid, Site site) {
+    require_shared("copy_async", shared, size_t(bytes), site);
+    require_aligned("copy_async (source)", global, size_t(bytes), site);
+    access(shared, size_t(bytes), Kind::write, site);
+    auto destination = static_cast<unsigned char*>(shared);
+    memset(destination, poison, size_t(bytes));
+    for (int i = 0; i < bytes; ++i) m.bytes[destination - m.shared + i].in_flight = true;
+    m.fiber->copies.push_back({destination, global, bytes, valid, m.fiber->group, site});
+    ++m.statistics.copies;
+}
+
+void copy_async_commit() { ++m.fiber->group; }
+
+void copy_async_wait(int newest_allowed) {
+    auto& copies = m.fiber->copies;
+    size_t landed = 0;
+    while (landed < copies.size() && copies[landed].group + uint64_t(newest_allowed) < m.fiber->group) land(copies[landed++]);
+    copies.erase(copies.begin(), copies.begin() + long(landed));
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------------------------
+// Products are exact. They are added in blocks (8 wide for 16-bit types, 4 for TF32) to the accumulator and each sum is
+// truncated to float32, not rounded: what published measurements found on compute capability 8.0.
+
+namespace {
+
+struct MmaOperand {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+};
+
+double truncated(double x) {
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    u &= ~uint64_t((1u << 29) - 1);
+    memcpy(&x, &u, sizeof u);
+    return x;
+}
+
+template <int K, int Block, class Load> void multiply(void* const operands[32], Load load) {
+    double a[16][K], b[K][8], c[16][8];
+    for (int l = 0; l < 32; ++l) {
+        auto o = static_cast<const MmaOperand*>(operands[l]);
+        int g = l / 4, t = l % 4;
+        load(*o, g, t, a, b);
+        for (int i = 0; i < 4; ++i) c[g + i / 2 * 8][2 * t + i % 2] = o->c[i];
+    }
+    for (int i = 0; i < 16; ++i)
+        for (int k0 = 0; k0 < K; k0 += Block) {
+            for (int k = k0; k < k0 + Block; ++k)
+                for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+            for (int j = 0; j < 8; ++j) c[i][j] = truncated(c[i][j]);
+        }
+    for (int l = 0; l < 32; ++l) {
+        auto o = static_cast<const MmaOperand*>(operands[l]);
+        for (int i = 0; i < 4; ++i) o->c[i] = float(c[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2]);
+    }
+    ++m.statistics.mma;
+}
+
+template <float (*convert)(uint16_t)> void multiply_16bit(void* const operands[32]) {
+    multiply<16, 8>(operands, [](const MmaOperand& o, int g, int t, double (&a)[16][16], double (&b)[16][8]) {
+        for (int h = 0; h < 2; ++h) {
+            for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + r / 2 * 8 + h] = convert(uint16_t(o.a[r] >> 16 * h));
+            for (int r = 0; r < 2; ++r) b[2 * t + r * 8 + h][g] = convert(uint16_t(o.b[r] >> 16 * h));
+        }
+    });
+}
+
+float bits_to_float(uint32_t x) {
+    float y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+uint32_t float_to_bits(float x) {
+    uint32_t y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+void multiply_tf32(void* const operands[32]) {
+    multiply<8, 4>(operands, [](const MmaOperand& o, int g, int t, double (&a)[16][8], double (&b)[8][8]) {
+        auto operand = [](uint32_t x) { return bits_to_float(x & 0xffffe000u); };
+        for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][t + r / 2 * 4] = operand(o.a[r]);
+        for (int r = 0; r < 2; ++r) b[t + r * 4][g] = operand(o.b[r]);
+    });
+}
+
+}  // namespace
+
+void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
+    MmaOperand operand{c, a, {b0, b1}};
+    warp_collective("mma_m16n8k16<bf16>", site, &operand, multiply_16bit<from_bf16>);
+}
+void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
+    MmaOperand operand{c, a, {b0, b1}};
+    warp_collective("mma_m16n8k16<f16>", site, &operand, multiply_16bit<from_f16>);
+}
+void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, Site site) {
+    uint32_t bits[4];
+    memcpy(bits, a, sizeof bits);
+    MmaOperand operand{c, bits, {float_to_bits(b0), float_to_bits(b1)}};
+    warp_collective("mma_m16n8k8_tf32", site, &operand, multiply_tf32);
+}
+
+// ---- conversions --------------------------------------------------------------------------------------------------
+
+float from_bf16(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+
+uint16_t to_bf16(float x) {
+    uint32_t u = float_to_bits(x);
+    if (std::isnan(x)) return 0x7fff;
+    return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+float from_f16(uint16_t x) {
+    uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 1023;
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(float(mantissa), -24);
+    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+uint16_t to_f16(float x) {
+    if (std::isnan(x)) return 0x7fff;
+    uint32_t u = float_to_bits(x);
+    uint16_t sign = uint16_t(u >> 16 & 0x8000);
+    float magnitude = std::fabs(x);
+    if (magnitude < 6.103515625e-05f) return sign | uint16_t(std::nearbyint(std::ldexp(magnitude, 24)));
+    u &= 0x7fffffff;
+    u += 0xfff + (u >> 13 & 1);
+    if (u >= 0x47800000u) return sign | 0x7c00;
+    return sign | uint16_t((u - 0x38000000u) >> 13);
+}
+
+float exp2_flushed(float x) {
+    float y = std::exp2(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+}  // namespace emulator
+
+// ---- what -fsanitize=thread calls before every load and store -----------------------------------------------------
+
+using emulator::access;
+using emulator::Kind;
+#define WHERE emulator::Where(static_cast<char*>(__builtin_return_address(0)) - 1)
+static void aligned_access(void* address, size_t size, Kind kind, emulator::Where where) {
+    if (reinterpret_cast<uintptr_t>(address) % size && emulator::m.fiber)
+        emulator::fault("misaligned access of %zu bytes at %s", size, emulator::text(where).c_str());
+    access(address, size, kind, where);
+}
+#define SIZED(size)                                                                                                   \
+    extern "C" void __tsan_read##size(void* p) { aligned_access(p, size, Kind::read, WHERE); }                        \
+    extern "C" void __tsan_write##size(void* p) { aligned_access(p, size, Kind::write, WHERE); }                      \
+    extern "C" void __tsan_unaligned_read##size(void* p) { access(p, size, Kind::read, WHERE); }                      \
+    extern "C" void __tsan_unaligned_write##size(void* p) { access(p, size, Kind::write, WHERE); }
+SIZED(1)
+SIZED(2)
+SIZED(4)
+SIZED(8)
+SIZED(16)
+extern "C" void __tsan_read_range(void* p, size_t size) { access(p, size, Kind::read, WHERE); }
+extern "C" void __tsan_write_range(void* p, size_t size) { access(p, size, Kind::write, WHERE); }
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() {}
