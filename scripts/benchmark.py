@@ -1,0 +1,554 @@
+#!/usr/bin/env python3
+"""Benchmarks: prints a table, writes JSON, draws a plot.
+
+    python scripts/benchmark.py                    three dtypes; batch 4, heads 8, d 64; S 128 ... 8192
+    python scripts/benchmark.py --only-forwards    or --only-backwards, --causal, --mask-prob 0.25
+    python scripts/benchmark.py --all --output docs/results/tables.json      every one of those tables
+    python scripts/benchmark.py --suite speed      bf16, 16k tokens, hidden 2048, against FlashAttention-2 and cuDNN
+    python scripts/benchmark.py --suite windows    vision windows with bias and mask
+    python scripts/benchmark.py --suite memory     peak extra memory
+    python scripts/benchmark.py --suite host       host time per call, first call cold and warm
+
+In every suite cosattn's L2 norm is inside its time. `speed` gives the others normalised inputs, so their norm is not in
+theirs; the other suites compare with what a user would write, normalisation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from baselines import original_triton, plain_attention
+from plot import Line, Panel, figure
+
+from cosattn import cosine_attention
+from cosattn.arch import arch_of
+from cosattn.bench import DTYPES, Stopwatch, Timing, directions, environment, host_microseconds, sdpa, table, tflops
+from cosattn.spec import KernelSpec, softmax_mode
+
+OURS = "cosattn"
+SCALE = 8.0
+SEED_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem to time: ``mask_prob`` is the share of keys masked out, ``bias`` a (H, S, S) bias with gradient."""
+
+    dtype: str
+    batch: int
+    heads: int
+    head_dim: int
+    seq_len: int
+    direction: str
+    causal: bool = False
+    mask_prob: float = 0.0
+    bias: bool = False
+
+    @property
+    def label(self) -> str:
+        features = ["causal"] * self.causal + [f"mask {self.mask_prob:g}"] * bool(self.mask_prob) + ["bias"] * self.bias
+        shape = f"b{self.batch} h{self.heads} d{self.head_dim} S{self.seq_len}"
+        return " ".join([self.dtype, shape, *features, self.direction])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one case."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def all(self) -> list[Tensor]:
+        return [x for x in (self.q, self.k, self.v, self.bias) if x is not None]
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Random normal q, k, v (requiring gradients), a random key mask that always keeps key 0, a random bias."""
+    torch.manual_seed(0)
+    shape = (case.batch, case.heads, case.seq_len, case.head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[case.dtype], requires_grad=True) for _ in range(3))
+    mask = bias = None
+    if case.mask_prob:
+        mask = torch.rand(case.batch, case.seq_len, device=device) >= case.mask_prob
+        mask[:, 0] = True
+    if case.bias:
+        bias_shape = (case.heads, case.seq_len, case.seq_len)
+        bias = torch.randn(bias_shape, device=device, dtype=DTYPES[case.dtype], requires_grad=True)
+    return Inputs(q, k, v, mask, bias)
+
+
+def cosattn_work(case: Case, x: Inputs) -> Callable[[], object]:
+    """Our side of a case."""
+    return directions(
+        lambda: cosine_attention(x.q, x.k, x.v, scale=SCALE, causal=case.causal, mask=x.mask, attn_bias=x.bias),
+        x.all,
+        case.direction,
+    )
+
+
+def sdpa_mask(case: Case, x: Inputs) -> Callable[[], tuple[Tensor | None, bool]]:
+    """What SDPA takes for the case's mask and bias: (attn_mask, is_causal). Biases are merged inside the timed call."""
+    keys = x.mask[:, None, None, :] if x.mask is not None else None
+    if x.bias is not None:
+        bias = x.bias
+        if keys is None:
+            return lambda: (bias[None], case.causal)
+        return lambda: (bias[None].masked_fill(~keys, float("-inf")), case.causal)
+    if keys is not None and case.causal:
+        visible = torch.ones(case.seq_len, case.seq_len, dtype=torch.bool, device=keys.device).tril()
+        return lambda: (keys & visible, False)
+    return lambda: (keys, case.causal)
+
+
+def best_sdpa_backend(case: Case, x: Inputs, device: torch.device) -> str | None:
+    """The fastest SDPA backend for this case (None lets PyTorch choose, on CPU)."""
+    if device.type != "cuda":
+        return None
+    build = sdpa_mask(case, x)
+
+    def run(backend: str) -> Callable[[], Tensor]:
+        def attention() -> Tensor:
+            attn_mask, causal = build()
+            return sdpa(x.q, x.k, x.v, scale=SCALE, causal=causal, attn_mask=attn_mask, backend=backend)
+
+        return attention
+
+    trial = Stopwatch(device, budget_s=0.02, least=3, most=5)
+    names = ("flash", "cudnn", "efficient")
+    timings = trial.compare({name: directions(run(name), x.all, case.direction) for name in names})
+    ran = {name: t.milliseconds for name, t in timings.items() if t.milliseconds is not None}
+    return min(ran, key=lambda name: ran[name]) if ran else "math"
+
+
+def row_of(case: Case, timings: dict[str, Timing], **extra: object) -> dict[str, Any]:
+    """One result row: times, ratios to ours (above 1: cosattn is faster) and TFLOP/s."""
+    ours = timings[OURS].milliseconds
+    times = {name: t.milliseconds for name, t in timings.items() if t.milliseconds is not None}
+
+    def rate(ms: float) -> float:
+        return tflops(
+            case.direction, case.batch, case.heads, case.seq_len, case.seq_len, case.head_dim, case.causal, ms
+        )
+
+    return {
+        "case": asdict(case),
+        "timings": {name: asdict(t) for name, t in timings.items()},
+        "ratios": {name: ms / ours for name, ms in times.items() if name != OURS} if ours else {},
+        "tflops": {name: rate(ms) for name, ms in times.items()},
+        **extra,
+    }
+
+
+# The seed's tables
+
+
+def table_cases(args: argparse.Namespace) -> list[Case]:
+    """Cases of the seed's tables; all five variants with ``--all``."""
+    direction = "forward" if args.only_forwards else "backward" if args.only_backwards else "both"
+    variants = [(direction, args.causal, args.mask_prob)]
+    if args.all:
+        variants = [
+            ("forward", False, 0.0),
+            ("backward", False, 0.0),
+            ("both", False, 0.0),
+            ("both", True, 0.0),
+            ("both", False, 0.25),
+        ]
+    return [
+        Case(dtype, args.batch, args.heads, args.head_dim, length, direction, causal, mask_prob)
+        for direction, causal, mask_prob in variants
+        for dtype in args.dtype
+        for length in args.seq_len
+    ]
+
+
+def run_table(case: Case, stopwatch: Stopwatch) -> dict[str, Any]:
+    """cosattn, plain einsum attention, normalise + SDPA (best backend), the original's Triton path."""
+    device = stopwatch.device
+    x = make_inputs(case, device)
+    backend, build = best_sdpa_backend(case, x, device), sdpa_mask(case, x)
+
+    def theirs() -> Tensor:
+        attn_mask, causal = build()
+        return sdpa(x.q, x.k, x.v, scale=SCALE, causal=causal, attn_mask=attn_mask, backend=backend)
+
+    def plain() -> Tensor:
+        return plain_attention(x.q, x.k, x.v, scale=SCALE, causal=case.causal, mask=x.mask)
+
+    def original() -> Tensor:
+        return original_triton()(x.q, x.k, x.v, mask=x.mask, scale=SCALE, causal=case.causal)
+
+    contenders = {
+        OURS: cosattn_work(case, x),
+        "plain": directions(plain, x.all, case.direction),
+        "normalize + SDPA": directions(theirs, x.all, case.direction),
+    }
+    if device.type == "cuda":
+        contenders["original (Triton)"] = directions(original, x.all, case.direction)
+    return row_of(case, stopwatch.compare(contenders), sdpa_backend=backend)
+
+
+# Speed against the best attention kernels PyTorch ships
+
+
+def speed_cases(args: argparse.Namespace) -> list[Case]:
+    """bf16, 16k tokens, hidden 2048; float32 at batch 4, heads 8, d 64, S 8192."""
+    half = [
+        Case("bfloat16", 16384 // length, 2048 // head_dim, head_dim, length, direction, causal)
+        for head_dim in (64, 128)
+        for length in (1024, 4096, 16384)
+        for causal in (False, True)
+        for direction in ("forward", "backward")
+    ]
+    single = [
+        Case("float32", 4, 8, 64, 8192, direction, causal)
+        for causal in (False, True)
+        for direction in ("forward", "backward")
+    ]
+    return half + single
+
+
+def run_speed(case: Case, stopwatch: Stopwatch) -> dict[str, Any]:
+    """Ours with the L2 norm, theirs on inputs normalised beforehand."""
+    x = make_inputs(case, stopwatch.device)
+    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
+    backends = ("efficient",) if case.dtype == "float32" else ("flash", "cudnn")
+
+    def theirs(backend: str) -> Callable[[], object]:
+        def attention() -> Tensor:
+            return sdpa(q, k, x.v, scale=SCALE, causal=case.causal, backend=backend, normalize=False)
+
+        return directions(attention, (q, k, x.v), case.direction)
+
+    contenders = {OURS: cosattn_work(case, x)} | {f"SDPA {backend}": theirs(backend) for backend in backends}
+    return row_of(case, stopwatch.compare(contenders))
+
+
+# Vision windows
+
+
+def window_cases(args: argparse.Namespace) -> list[Case]:
+    """SwinV2-like windows: d 32, thousands of batch * heads, a learned bias, with and without a key mask."""
+    return [
+        Case("bfloat16", batch, 8, 32, length, direction, mask_prob=mask_prob, bias=True)
+        for length, batch in ((49, 1024), (64, 1024), (144, 512), (256, 256), (576, 128))
+        for mask_prob in (0.0, 0.25)
+        for direction in ("forward", "backward")
+    ]
+
+
+def run_windows(case: Case, stopwatch: Stopwatch) -> dict[str, Any]:
+    """Ours against normalise + SDPA with the same bias, eager and compiled."""
+    x = make_inputs(case, stopwatch.device)
+    keys = x.mask[:, None, None, :] if x.mask is not None else None
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        merged = bias[None] if keys is None else bias[None].masked_fill(~keys, float("-inf"))
+        return F.scaled_dot_product_attention(
+            F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, attn_mask=merged, scale=SCALE
+        )
+
+    bias = x.bias
+    assert bias is not None
+    torch.compiler.reset()
+    compiled = torch.compile(theirs, dynamic=False)
+    contenders = {
+        OURS: cosattn_work(case, x),
+        "normalize + SDPA": directions(lambda: theirs(x.q, x.k, x.v, bias), x.all, case.direction),
+        "normalize + SDPA, compiled": directions(lambda: compiled(x.q, x.k, x.v, bias), x.all, case.direction),
+    }
+    return row_of(case, stopwatch.compare(contenders))
+
+
+# Memory
+
+
+def run_memory(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Peak extra memory of one forward + backward, one head, d 64, beside the size of q, k and v."""
+    for dtype in ("bfloat16", "float32"):
+        for length in (16384, 32768, 65536):
+            case = Case(dtype, 1, 1, 64, length, "both")
+            for name, attention in {
+                OURS: lambda q, k, v: cosine_attention(q, k, v, scale=SCALE),
+                "normalize + SDPA": lambda q, k, v: sdpa(q, k, v, scale=SCALE),
+            }.items():
+                x = make_inputs(case, device)
+                gradient = torch.randn_like(x.q)
+                torch.autograd.grad(attention(x.q, x.k, x.v), x.all, gradient)
+                torch.cuda.synchronize(device)
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                torch.autograd.grad(attention(x.q, x.k, x.v), x.all, gradient)
+                torch.cuda.synchronize(device)
+                extra = torch.cuda.max_memory_allocated(device) - before
+                inputs = sum(t.numel() * t.element_size() for t in (x.q, x.k, x.v))
+                yield {
+                    "case": asdict(case),
+                    "contender": name,
+                    "peak_extra_bytes": extra,
+                    "qkv_bytes": inputs,
+                    "times_qkv": extra / inputs,
+                }
+
+
+# Host
+
+
+FIRST_CALL = """
+import json, time
+import torch
+start = time.perf_counter()
+torch.zeros(1, device="cuda"); torch.cuda.synchronize()
+context = time.perf_counter()
+from cosattn import cosine_attention
+q, k, v = (torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+with torch.no_grad():
+    cosine_attention(q, k, v); torch.cuda.synchronize()
+forward = time.perf_counter()
+cosine_attention(q, k, v).sum().backward(); torch.cuda.synchronize()
+backward = time.perf_counter()
+seconds = {"context_s": context - start, "first_forward_s": forward - context, "first_backward_s": backward - forward}
+print(json.dumps(seconds))
+"""
+
+
+def first_calls() -> Iterator[dict[str, Any]]:
+    """Seconds to the first results of a new process, with an empty and then with a filled kernel cache."""
+    with tempfile.TemporaryDirectory(prefix="cosattn-cold-") as folder:
+        root = Path(__file__).resolve().parent.parent
+        variables = os.environ | {
+            "COSATTN_CACHE_DIR": folder,
+            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+        }
+        for state in ("cold", "warm"):
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST_CALL],
+                env=variables,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            if done.returncode != 0:
+                raise RuntimeError(f"the {state} first call failed:\n{done.stderr[-3000:]}")
+            yield {"measure": f"first call, {state} cache", **json.loads(done.stdout.splitlines()[-1])}
+
+
+def run_host(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Host microseconds a call at a tiny shape, then first calls."""
+    case = Case("bfloat16", 1, 8, 64, 64, "forward")
+    x = make_inputs(case, device)
+    contenders: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: cosine_attention(x.q, x.k, x.v),
+        "SDPA": lambda: F.scaled_dot_product_attention(x.q, x.k, x.v),
+        "normalize + SDPA": lambda: sdpa(x.q, x.k, x.v, scale=SCALE),
+    }
+    for direction in ("forward", "both"):
+        rounds: dict[str, list[float]] = {name: [] for name in contenders}
+        works = {name: directions(attention, x.all, direction) for name, attention in contenders.items()}
+        for _ in range(5):  # in turn, so that the machine's mood is shared
+            for name, work in works.items():
+                rounds[name].append(host_microseconds(work, device, repeats=400, batch=40))
+        microseconds = {name: sorted(values)[len(values) // 2] for name, values in rounds.items()}
+        yield {"measure": f"host time per call, {direction}", "microseconds": microseconds}
+    yield from first_calls()
+
+
+# Building what a suite needs, all kernels at once
+
+
+def needed_specs(cases: Iterable[Case], device: torch.device) -> list[KernelSpec]:
+    """The kernel specs the cases will ask for, so that they are compiled in parallel before anything is timed."""
+    arch = arch_of(torch.cuda.get_device_capability(device))
+    if arch is None:
+        return []
+    specs: dict[KernelSpec, None] = {}
+    for case in cases:
+        dtype: Any = case.dtype
+        forward = KernelSpec(
+            "forward",
+            arch.name,
+            dtype,
+            case.head_dim,
+            case.head_dim,
+            causal=case.causal,
+            mask=case.mask_prob > 0,
+            bias=dtype if case.bias else None,
+            softmax=softmax_mode(case.dtype, None if case.bias else SCALE),
+        )
+        specs[forward] = None
+        if case.direction != "forward":
+            specs[replace(forward, direction="backward", bias_grad=case.bias)] = None
+    return list(specs)
+
+
+def prebuild(specs: Sequence[KernelSpec]) -> float:
+    """Compile what is missing, several at a time; returns the seconds it took."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from cosattn.build import ensure
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 1))) as pool:
+        list(pool.map(ensure, specs))
+    return time.perf_counter() - start
+
+
+# Output
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """The last thing printed: one line a case."""
+    if not rows:
+        print("nothing was measured")
+    elif "timings" in rows[0]:
+        names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+        header = ["case", *(f"{name} ms" for name in names), *(f"x {name}" for name in names if name != OURS)]
+        lines = []
+        for row in rows:
+            cells = [cell_of(row["timings"].get(name)) for name in names]
+            ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "-" for name in names if name != OURS]
+            lines.append([Case(**row["case"]).label, *cells, *ratios])
+        print(table(header, lines))
+    else:
+        for row in rows:
+            print(json.dumps(row))
+
+
+def cell_of(timing: dict[str, Any] | None) -> str:
+    """A time, or a short reason."""
+    if timing is None:
+        return "-"
+    if timing["milliseconds"] is None:
+        return str(timing["note"])[:24]
+    return f"{timing['milliseconds']:.3f}"
+
+
+def plot_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds over sequence length, one panel for each variant and dtype."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        case = Case(**row["case"])
+        features = ["causal"] * case.causal + [f"mask {case.mask_prob:g}"] * bool(case.mask_prob) + ["bias"] * case.bias
+        title = ", ".join(
+            [case.dtype, f"d {case.head_dim}", case.direction.replace("both", "forward + backward"), *features]
+        )
+        lines = panels.setdefault(title, {})
+        for name, timing in row["timings"].items():
+            if timing["milliseconds"] is not None:
+                lines.setdefault(name, []).append((case.seq_len, timing["milliseconds"]))
+    return figure(
+        [
+            Panel(title, "sequence length", "milliseconds", [Line(name, points) for name, points in lines.items()])
+            for title, lines in panels.items()
+        ]
+    )
+
+
+TIMED: dict[str, tuple[Callable[[argparse.Namespace], list[Case]], Callable[[Case, Stopwatch], dict[str, Any]]]] = {
+    "tables": (table_cases, run_table),
+    "speed": (speed_cases, run_speed),
+    "windows": (window_cases, run_windows),
+}
+OTHER: dict[str, Callable[[torch.device], Iterator[dict[str, Any]]]] = {"memory": run_memory, "host": run_host}
+
+
+def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Every row of a suite, until the time limit."""
+    deadline = time.monotonic() + 60 * args.minutes
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"suite": args.suite, "environment": environment(device), "complete": True, "rows": rows}
+    if args.suite in OTHER:
+        for row in OTHER[args.suite](device):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        return result
+    make_cases, run = TIMED[args.suite]
+    cases = make_cases(args)
+    if device.type == "cuda":
+        result["prebuild_s"] = prebuild(needed_specs(cases, device))
+        print(f"kernels ready after {result['prebuild_s']:.1f} s", flush=True)
+    stopwatch = Stopwatch(device, budget_s=args.budget, least=args.least)
+    for number, case in enumerate(cases, 1):
+        if time.monotonic() > deadline:
+            result["complete"] = False
+            print(f"time limit: {len(cases) - number + 1} of {len(cases)} cases not measured", flush=True)
+            break
+        row = run(case, stopwatch)
+        rows.append(row)
+        ours = cell_of(row["timings"][OURS])
+        ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row["ratios"].items())
+        print(f"[{number}/{len(cases)}] {case.label}: {ours} ms; {ratios}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return result
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--suite", choices=[*TIMED, *OTHER], default="tables")
+    p.add_argument("--only-forwards", action="store_true")
+    p.add_argument("--only-backwards", action="store_true")
+    p.add_argument("--causal", action="store_true")
+    p.add_argument("--mask-prob", type=float, default=0.0, help="share of keys masked out")
+    p.add_argument(
+        "--all", action="store_true", help="tables: forward, backward, both, causal and mask 0.25 in one run"
+    )
+    p.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    p.add_argument("--seq-len", nargs="+", type=int, default=list(SEED_LENGTHS))
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--heads", type=int, default=8)
+    p.add_argument("--head-dim", type=int, default=64)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--budget", type=float, default=0.25, help="seconds of measuring for each contender of each case")
+    p.add_argument("--least", type=int, default=5, help="fewest timed repeats")
+    p.add_argument("--minutes", type=float, default=9.0, help="stop after this long and say what is missing")
+    p.add_argument("--output", type=Path, help="JSON file; the plot goes beside it as .svg")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 when nothing of ours could be measured or the time ran out."""
+    p = parser()
+    args = p.parse_args(arguments)
+    if args.only_forwards and args.only_backwards:
+        p.error("--only-forwards and --only-backwards exclude each other")
+    device = torch.device(args.device)
+    if device.type != "cuda" and args.suite != "tables":
+        p.error(f"--suite {args.suite} measures a GPU, and there is none here; --suite tables also runs on a CPU")
+    result = run_suite(args, device)
+    print(", ".join(f"{name} {value}" for name, value in result["environment"].items()))
+    print_rows(result["rows"])
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        if args.suite in TIMED:
+            args.output.with_suffix(".svg").write_text(plot_of(result["rows"]))
+    failed = [row for row in result["rows"] if "timings" in row and row["timings"][OURS]["milliseconds"] is None]
+    return 0 if result["rows"] and result["complete"] and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""A spread of kernels on small shapes, checked against float64: what compute-sanitizer is run over.
+
+    python scripts/sanitize_target.py --list
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/sanitize_target.py
+
+Without the caching allocator every tensor is its own allocation, so a read past the end of one is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cosattn import cosine_attention
+from cosattn.bench import DTYPES
+from cosattn.reference import cosine_attention_reference
+
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One call, forward and backward. Lengths sit beside tile edges on purpose."""
+
+    dtype: str = "bfloat16"
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    q_len: int = 65
+    k_len: int = 129
+    head_dim: int = 64
+    value_dim: int = 64
+    groups: int = 1
+    causal: bool = False
+    mask: bool = False
+    bias: bool = False
+    tensor_scale: bool = False
+    l2norm: bool = True
+    deterministic: bool = False
+    lse: bool = False
+
+    @property
+    def label(self) -> str:
+        default = Target()
+        changed = [
+            f"{n}={getattr(self, n)}" for n in self.__dataclass_fields__ if getattr(self, n) != getattr(default, n)
+        ]
+        return ", ".join(changed) or "plain"
+
+
+TARGETS = (
+    Target(),
+    Target(dtype="float16", causal=True),
+    Target(dtype="float32"),
+    Target(dtype="float32", causal=True, mask=True, head_dim=40, value_dim=40),
+    Target(causal=True, mask=True, q_len=100, k_len=70),
+    Target(bias=True, head_dim=32, value_dim=32, q_len=49, k_len=49, batch=3),
+    Target(dtype="float16", bias=True, mask=True, head_dim=32, value_dim=32, q_len=144, k_len=144, batch=1),
+    Target(heads=4, kv_heads=1, head_dim=128, value_dim=128, causal=True),
+    Target(heads=4, kv_heads=2, head_dim=96, value_dim=64, deterministic=True),
+    Target(tensor_scale=True, groups=8, causal=True, lse=True),
+    Target(head_dim=256, value_dim=256, q_len=33, k_len=65),
+    Target(head_dim=8, value_dim=8, q_len=1, k_len=7),
+    Target(l2norm=False, deterministic=True, causal=True, k_len=200),
+)
+
+
+def run(target: Target, device: torch.device) -> float:
+    """Largest relative error of the outputs and gradients of one target. Raises when it is above the tolerance."""
+    torch.manual_seed(1)
+    t, dtype = target, DTYPES[target.dtype]
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=torch.float32).to(device, kind)
+
+    q = normal(t.batch, t.heads, t.q_len, t.head_dim)
+    k = normal(t.batch, t.kv_heads, t.k_len, t.head_dim)
+    v = normal(t.batch, t.kv_heads, t.k_len, t.value_dim)
+    if not t.l2norm:
+        q, k = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype) for x in (q, k))
+    leaves = {"q": q, "k": k, "v": v}
+    if t.bias:
+        leaves["attn_bias"] = normal(t.heads, t.q_len, t.k_len)
+    if t.tensor_scale:
+        leaves["scale"] = (torch.arange(t.heads, dtype=torch.float32) + 1).to(device)
+    mask = (torch.rand(t.batch, t.k_len) < 0.7).to(device) if t.mask else None
+    options = {"causal": t.causal, "groups": t.groups, "l2norm_qk": t.l2norm, "mask": mask}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    out, lse = cosine_attention(**leaves, **options, deterministic=t.deterministic, return_lse=True)
+    out64, lse64 = cosine_attention_reference(**exact, **options, return_lse=True)
+    visible = lse64.isfinite()
+    wanted, wanted64 = [out], [out64]
+    if t.lse:
+        wanted, wanted64 = [out, lse[visible]], [out64, lse64[visible]]
+    gradients = [normal(*x.shape, kind=x.dtype) for x in wanted]
+    got = torch.autograd.grad(wanted, list(leaves.values()), gradients)
+    truth = torch.autograd.grad(wanted64, list(exact.values()), [g.double() for g in gradients])
+    pairs = [(out, out64), (lse[visible], lse64[visible]), *zip(got, truth, strict=True)]
+    worst = max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+    if not worst <= TOLERANCE[t.dtype]:
+        raise AssertionError(f"{t.label}: relative error {worst:.2e} > {TOLERANCE[t.dtype]:.0e}")
+    return worst
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 when a target failed."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--only", nargs="+", type=int, metavar="N", help="numbers of the targets to run")
+    p.add_argument("--list", action="store_true", help="print the targets and stop")
+    args = p.parse_args(arguments)
+    failed = 0
+    for number, target in enumerate(TARGETS):
+        if args.only is not None and number not in args.only:
+            continue
+        if args.list:
+            print(f"{number:2} {target.label}")
+            continue
+        try:
+            print(f"{number:2} {target.label}: error {run(target, torch.device(args.device)):.1e}", flush=True)
+        except Exception as error:  # the other targets still run
+            failed += 1
+            print(f"{number:2} {target.label}: FAILED: {type(error).__name__}: {str(error)[:2000]}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
