@@ -1,4 +1,4 @@
-"""``python -m cosattn.bench``: cosattn against PyTorch's attention on this machine; the timing code all benchmarks share.
+"""``python -m cosattn.bench``: cosattn against PyTorch's attention on this machine. All benchmarks use its timing.
 
 How a time is taken: every contender is called in turn within one loop, so that clocks and temperature are the same for
 all of them; before each call the L2 cache is flushed and the GPU is kept busy for as long as the host needs to enqueue
