@@ -50,6 +50,23 @@ def ensure(spec: KernelSpec) -> Path:
     Raises: UnsupportedError (unknown architecture), MissingKernelError (a miss that may not be compiled now),
     ToolchainError, BuildError (the compiler's words and the log's path), CacheError.
     """
+    key, rendered, found = _look_up(spec)
+    if found is not None:
+        return found
+    _refuse_if_not_allowed(spec)
+    with _one_build:
+        if key in _failures:
+            raise BuildError(_failures[key])
+        return _build(key, rendered or _render(spec), ARCHS[spec.arch])
+
+
+def find(spec: KernelSpec) -> Path | None:
+    """The built kernel of a spec, None when ``ensure`` would compile it. Raises UnsupportedError, CacheError."""
+    return _look_up(spec)[2]
+
+
+def _look_up(spec: KernelSpec) -> tuple[cache.Key, Rendered | None, Path | None]:
+    """The key of a spec, its source where computing the key took rendering it, and the built kernel if there is one."""
     arch = ARCHS.get(spec.arch)
     if arch is None:
         raise UnsupportedError(
@@ -64,15 +81,9 @@ def ensure(spec: KernelSpec) -> Path:
         digest = _digest(rendered, arch)
     key = cache.Key(spec.arch, spec.name, digest)
     found = cache.find(key, cuda_major)
-    if found is not None:
-        if rendered is not None:
-            cache.index(found.parent.parent, key, _fingerprint())
-        return found
-    _refuse_if_not_allowed(spec)
-    with _one_build:
-        if key in _failures:
-            raise BuildError(_failures[key])
-        return _build(key, rendered or _render(spec), arch)
+    if found is not None and rendered is not None:
+        cache.index(found.parent.parent, key, _fingerprint())
+    return key, rendered, found
 
 
 def nvcc_flags(arch: Arch) -> list[str]:

@@ -91,7 +91,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         bias,
         softmax,
         direction,
-        deterministic,
+        repeatable,
         bias_grad,
     ) in axes:
         backward = direction == "backward"
@@ -107,7 +107,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
             mask=mask,
             bias=bias,
             softmax=softmax or ("online" if bias else "bounded"),
-            deterministic=repeat and backward,
+            deterministic=repeatable and backward,
             bias_grad=bias_grad and backward and bias is not None,
         )
         chosen[spec] = None
