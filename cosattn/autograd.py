@@ -1,0 +1,96 @@
+"""Gradients of a call that goes straight to the kernels, past PyTorch's dispatcher (``ops.py`` has the other way)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from cosattn.errors import UnsupportedError
+from cosattn.plan import Gradients, Plan
+
+NO_DOUBLE_BACKWARD = (
+    "cosattn has no second derivative: the backward pass of cosine_attention was differentiated (create_graph=True, "
+    "torch.func.hessian or a gradient penalty). Way out: cosattn.reference.cosine_attention_reference, which PyTorch "
+    "differentiates any number of times, with O(S^2) memory."
+)
+
+
+class Attention(torch.autograd.Function):
+    """cosine attention of ready inputs (``Plan.ready``): returns out, or (out, lse)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        deterministic: bool | None,
+        with_lse: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        out, lse = plan.forward(q, k, v, mask, bias, scale, True)
+        ctx.save_for_backward(q, k, v, mask, bias, scale, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        ctx.deterministic = deterministic
+        return (out, lse) if with_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Any, ...]:
+        deterministic = ctx.deterministic
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        needs = ctx.needs_input_grad
+        options = (ctx.plan, deterministic, needs[7], needs[8])
+        tensors = (*ctx.saved_tensors, dout, dlse)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must refuse to be differentiated again
+            return (None, None, None, *_differentiable_gradients(options, *tensors))
+        return (None, None, None, *attention_gradients(options, *tensors))
+
+
+attention: Callable[..., Any] = Attention.apply
+
+
+class AttentionGradients(torch.autograd.Function):
+    """``attention_gradients``, whose own gradient is an error with a way out."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return attention_gradients(*arguments)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Any, ...]:
+        raise UnsupportedError(NO_DOUBLE_BACKWARD)
+
+
+_differentiable_gradients: Callable[..., Any] = AttentionGradients.apply
+
+
+def attention_gradients(
+    options: tuple[Plan, bool, bool, bool],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None, Tensor | None]:
+    """Gradients of (q, k, v, mask, bias, scale); options are the plan, deterministic, bias_grad and scale_grad."""
+    plan, deterministic, bias_grad, scale_grad = options
+    found: Gradients = plan.backward(
+        q, k, v, mask, bias, scale, out, lse, dout, dlse,
+        deterministic=deterministic, bias_grad=bias_grad, scale_grad=scale_grad,
+    )  # fmt: skip
+    dscale = None if found.dscale is None or scale is None else found.dscale.view(scale.shape)
+    return found.dq, found.dk, found.dv, None, found.dbias, dscale
