@@ -16,7 +16,7 @@ import jinja2
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import forward_tiles
+from cosattn.tiles import backward_tiles, forward_tiles
 
 _ELEMENTS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 _INCLUDE = re.compile(r'^#include "(include/[\w./]+)"', re.MULTILINE)
@@ -83,7 +83,7 @@ def render(spec: KernelSpec) -> Rendered:
     source = template.render(
         spec=spec,
         arch=arch,
-        tiles=forward_tiles(spec),
+        tiles=forward_tiles(spec) if spec.direction == "forward" else backward_tiles(spec),
         element=_ELEMENTS[spec.dtype],
         bias_element=_ELEMENTS[spec.bias] if spec.bias else None,
     )

@@ -81,6 +81,86 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """How the backward kernels are cut."""
+
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a thread block."""
+    chunk: int
+    """Queries whose logits are held in registers at once."""
+    key_blocks: int
+    """Blocks of 16 keys of a warp."""
+    splits: int
+    """Warps that share the same keys, each with its part of the columns of dK and dV."""
+    stages: int
+    """Query tiles in shared memory."""
+    ds_buffers: int
+    """Tiles of dS in shared memory: with two, dQ of one step overlaps the next step."""
+    blocks_per_sm: int
+    k_in_registers: bool
+    v_in_registers: bool
+
+    @property
+    def warps(self) -> int:
+        """Warps of a thread block."""
+        return self.block_n // (16 * self.key_blocks) * self.splits
+
+    def shared_bytes(self, spec: KernelSpec) -> int:
+        """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
+        size = 4 if spec.dtype == "float32" else 2
+        pitches = _pad16(spec.head_dim) + _pad16(spec.value_dim) + 16
+        ds = 0 if spec.deterministic else self.ds_buffers * self.block_n * (_pad16(self.block_m) + (4 if size == 4 else 8))
+        tiles = size * (self.block_n * pitches + self.stages * self.block_m * pitches + ds)
+        return max(tiles + self.stages * 2 * self.block_m * 4, 4 * self.block_n * (_pad16(spec.head_dim) + 4))
+
+
+def backward_tiles(spec: KernelSpec) -> BackwardTiles:
+    """The first candidate, fastest first, that fits the architecture's shared memory."""
+    limit = limit_of(spec)
+    for tiles in _backward_candidates(spec):
+        if tiles.shared_bytes(spec) <= limit:
+            return tiles
+    raise AssertionError(f"no backward tile fits {spec.name}")
+
+
+def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
+    widest = max(spec.head_dim, spec.value_dim)
+    if spec.dtype == "float32":
+        if widest <= 64:
+            return [
+                BackwardTiles(32, 128, 16, 1, 1, 2, 2, 1, False, False),
+                BackwardTiles(32, 64, 16, 1, 1, 1, 1, 1, False, False),
+            ]
+        if widest <= 128:
+            return [
+                BackwardTiles(32, 64, 16, 1, 2, 2, 1, 1, False, False),
+                BackwardTiles(16, 32, 16, 1, 2, 1, 1, 1, False, False),
+            ]
+        return [
+            BackwardTiles(16, 32, 16, 1, 4, 2, 1, 1, False, False),
+            BackwardTiles(16, 16, 16, 1, 4, 1, 1, 1, False, False),
+        ]
+    if widest <= 64:
+        return [
+            BackwardTiles(64, 128, 16, 2, 1, 2, 2, 2 if limit_of(spec) > 200_000 else 1, True, False),
+            BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, True, False),
+            BackwardTiles(64, 64, 16, 2, 1, 2, 1, 1, True, False),
+        ]
+    if widest <= 128:
+        return [
+            BackwardTiles(64, 128, 16, 1, 1, 2, 2, 1, True, False),
+            BackwardTiles(64, 64, 16, 1, 1, 1, 1, 1, True, False),
+        ]
+    return [
+        BackwardTiles(32, 64, 16, 1, 2, 2, 2, 1, False, False),
+        BackwardTiles(32, 32, 16, 1, 4, 1, 1, 1, False, False),
+        BackwardTiles(16, 32, 16, 1, 4, 1, 1, 1, False, False),
+    ]
+
+
 def limit_of(spec: KernelSpec) -> int:
     """Shared memory per thread block of the spec's architecture."""
     return ARCHS[spec.arch].shared_memory

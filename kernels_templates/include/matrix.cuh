@@ -179,6 +179,68 @@ template <class T, class F> __device__ __forceinline__ void fragments_of(Fragmen
     }
 }
 
+// ---- products -----------------------------------------------------------------------------------------------------
+
+// c += A tile^T, the summed index running along the columns of the tile: c is M x N blocks of 16 x 8, the tile's first
+// 8 N rows are used. load(a, m, step) provides A.
+template <int STEPS, int PITCH, int M, int N, class T, class LoadA>
+__device__ __forceinline__ void multiply_rows(Accumulator<T> (&c)[M][N], LoadA load, const T* tile) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        FragmentA<T> a[M];
+#pragma unroll
+        for (int m = 0; m < M; ++m) load(a[m], m, step);
+#pragma unroll
+        for (int n = 0; n < N / 2; ++n) {
+            FragmentB<T> b;
+            load_b_transposed<PITCH>(b, tile + n * 16 * PITCH + step * STEP<T>);
+#pragma unroll
+            for (int m = 0; m < M; ++m) multiply_add(c[m][2 * n], c[m][2 * n + 1], a[m], b);
+        }
+    }
+}
+
+// c += A tile, the summed index running down 16 K rows of the tile: c is M x N blocks of 16 x 8; blocks from `columns`
+// (elements) on are left out. prepare(b, k, step) may change B first.
+// float32 sums start afresh here and are added with full rounding: over a long sum tensor cores would truncate.
+template <int PITCH, int M, int K, int N, class T, class Prepare>
+__device__ __forceinline__ void multiply_columns(float (&c)[M][N][4], const FragmentA<T> (&a)[M][K][16 / STEP<T>],
+                                                 const T* tile, int columns, Prepare prepare) {
+#pragma unroll
+    for (int n = 0; n < N / 2; ++n) {
+        if (n * 16 >= columns) break;
+        Accumulator<T> sum[M][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    sum[m][half].fill(i, sizeof(T) == 4 ? 0.f : c[m][2 * n + half][i]);
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+#pragma unroll
+            for (int step = 0; step < 16 / STEP<T>; ++step) {
+                FragmentB<T> b;
+                load_b<PITCH>(b, tile + (k * 16 + step * STEP<T>) * PITCH + n * 16);
+                prepare(b, k, step);
+#pragma unroll
+                for (int m = 0; m < M; ++m) multiply_add(sum[m][0], sum[m][1], a[m][k][step], b);
+            }
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    c[m][2 * n + half][i] = sizeof(T) == 4 ? c[m][2 * n + half][i] + sum[m][half].value(i)
+                                                           : sum[m][half].value(i);
+    }
+}
+struct Unchanged {
+    template <class B> __device__ __forceinline__ void operator()(B&, int, int) const {}
+};
+
 // ---- 8 consecutive elements ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load8(float (&x)[8], const float* from) {

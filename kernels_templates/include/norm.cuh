@@ -58,6 +58,23 @@ __device__ __forceinline__ void inverse_norms(float (&inverse)[8], const float (
     for (int i = 0; i < 8; ++i) inverse[i] = inverse[i] <= EPSILON * EPSILON ? 0.f : reciprocal_sqrt(inverse[i]);
 }
 
+// Through the norm: given a row x and the gradient g of x_hat, g <- (g - x_hat (x_hat . g)) / |x| per group.
+// Returns x_hat . g of the whole row. A group whose norm is at most EPSILON gets no gradient.
+template <int D, int GROUPS>
+__device__ __forceinline__ float normalize_backward(float (&g)[8], const float (&x)[8], int lane_in_row) {
+    float inverse[8], products[8], dots[8], total = 0.f;
+    inverse_norms<D, GROUPS>(inverse, x, lane_in_row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        products[i] = x[i] * inverse[i] * g[i];
+        total += products[i];
+    }
+    sum_groups<D, GROUPS>(dots, products, lane_in_row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] = (g[i] - x[i] * inverse[i] * dots[i]) * inverse[i];
+    return sum_lanes<row_lanes(D)>(total);
+}
+
 // Rows of a tile in shared memory, in place: x <- factor * x_hat (NORMALIZE), or factor * x.
 template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, class T>
 __device__ __forceinline__ void normalize_tile(T* tile, float factor) {
