@@ -23,7 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -404,14 +406,18 @@ def needed_specs(cases: Iterable[Case], device: torch.device) -> list[KernelSpec
 
 
 def prebuild(specs: Sequence[KernelSpec]) -> float:
-    """Compile what is missing, several at a time; returns the seconds it took."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """Compile what is missing, several at a time; returns the seconds it took. Failures are printed, not raised."""
     from cosattn.build import ensure
+    from cosattn.warmup import default_jobs
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 1))) as pool:
-        list(pool.map(ensure, specs))
+    context = get_context("forkserver")  # a clean process, whatever this one has done with CUDA
+    context.set_forkserver_preload(["cosattn.build"])
+    with ProcessPoolExecutor(default_jobs(), mp_context=context) as pool:
+        builds = {pool.submit(ensure, spec): spec for spec in specs}
+        for build in as_completed(builds):
+            if (error := build.exception()) is not None:
+                print(f"{builds[build].name} was not built: {str(error)[:500]}", flush=True)
     return time.perf_counter() - start
 
 

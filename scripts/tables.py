@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Write the generated parts of README.md and docs/: the support matrix, the environment variables and every result.
+
+    python scripts/tables.py            rewrite what lies between the markers, and the plots
+    python scripts/tables.py --check    change nothing; exit status 1 and a list when something is out of date
+
+A generated part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`, where NAME is a key of BLOCKS.
+Results come from docs/results/*.json, which scripts/gpu_check writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from plot import Line, Panel, figure
+
+from cosattn import env, support
+from cosattn.arch import ARCHS
+from cosattn.bench import table
+from cosattn.spec import HEAD_DIMS, Direction, DType, KernelSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
+OURS = "cosattn"
+Result = dict[str, Any]
+
+
+class Results:
+    """The result files of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, name: str) -> Result | None:
+        """One file's content, None when it was never measured."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def missing(part: str) -> str:
+    return f"_Not measured yet: `scripts/gpu_check --only {part}` on a machine with a GPU writes these figures._"
+
+
+def machine(result: Result) -> str:
+    """Where and when a result was measured, in one sentence."""
+    e = result["environment"]
+    note = "" if result.get("complete", True) else " The time ran out: some cases are missing."
+    where = e.get("gpu", f"CPU, {e.get('threads')} threads")
+    driver = f", driver {e['driver']}" if "driver" in e else ""
+    clock = f", {e['sm_clock_mhz']} MHz and {e['power_w']} W at the start" if "sm_clock_mhz" in e else ""
+    versions = f"PyTorch {e['torch']}, cosattn {e['cosattn']} at `{e['commit']}`"
+    return f"Measured on {where}{driver}{clock}, {versions}, {e['date']}.{note}"
+
+
+def dimensions(served: Sequence[int]) -> str:
+    """Head dims as ranges of multiples of 8."""
+    if not served:
+        return "-"
+    ranges: list[list[int]] = []
+    for d in served:
+        if ranges and ranges[-1][1] == d - 8:
+            ranges[-1][1] = d
+        else:
+            ranges.append([d, d])
+    return ", ".join(f"{low}–{high}" if high > low else str(low) for low, high in ranges)
+
+
+def same_rows(rows: Iterable[tuple[str, list[str]]]) -> list[list[str]]:
+    """Merge rows whose cells agree, naming all of them in the first column."""
+    merged: dict[tuple[str, ...], list[str]] = {}
+    for name, cells in rows:
+        merged.setdefault(tuple(cells), []).append(name)
+    return [[", ".join(names), *cells] for cells, names in merged.items()]
+
+
+def support_block(results: Results) -> str:
+    """Head dims that support.py serves, for each architecture, dtype and direction."""
+
+    def served(direction: Direction, arch: str, dtype: DType) -> str:
+        return dimensions([d for d in HEAD_DIMS if not support.reasons(KernelSpec(direction, arch, dtype, d, d))])
+
+    def cells(arch: str) -> list[str]:
+        return [
+            dimensions_of_both(served("forward", arch, dtype), served("backward", arch, dtype))
+            for dtype in get_args(DType)
+        ]
+
+    rows = same_rows((arch, cells(arch)) for arch in ARCHS)
+    return table(["GPU architecture", *get_args(DType)], rows)
+
+
+def dimensions_of_both(forward: str, backward: str) -> str:
+    return forward if forward == backward else f"forward {forward}; backward {backward}"
+
+
+def environment_block(results: Results) -> str:
+    """Every environment variable, from env.py."""
+    rows = [[f"`{name}`", meaning] for name, meaning in env.VARIABLES.items()]
+    return "\n".join(
+        ["| variable | meaning |", "| --- | --- |", *(f"| {name} | {meaning} |" for name, meaning in rows)]
+    )
+
+
+def milliseconds(row: Result, name: str) -> float | None:
+    timing = row["timings"].get(name)
+    return timing["milliseconds"] if timing else None
+
+
+def shown(row: Result, name: str) -> str:
+    """A time in ms, or why there is none."""
+    timing = row["timings"].get(name)
+    if timing is None:
+        return "-"
+    if timing["milliseconds"] is None:
+        return "out of memory" if timing["note"] == "out of memory" else "did not run"
+    return f"{timing['milliseconds']:.3g}"
+
+
+def ratio(row: Result, name: str) -> str:
+    value = row["ratios"].get(name)
+    return f"{value:.2f}×" if value else "-"
+
+
+def speed_block(results: Results) -> str:
+    """TFLOP/s beside FlashAttention-2 and cuDNN (half precision) and memory-efficient attention (float32)."""
+    result = results.get("speed")
+    if result is None:
+        return missing("speed")
+    parts = []
+    for dtype, names in (("bfloat16", ["SDPA flash", "SDPA cudnn"]), ("float32", ["SDPA efficient"])):
+        rows = [row for row in result["rows"] if row["case"]["dtype"] == dtype]
+        lines = []
+        for row in rows:
+            case = row["case"]
+            label = f"d {case['head_dim']}, S {case['seq_len']}{', causal' * case['causal']}, {case['direction']}"
+            rates = [f"{row['tflops'][n]:.0f}" if n in row["tflops"] else shown(row, n) for n in (OURS, *names)]
+            lines.append([label, *rates, *(ratio(row, n) for n in names)])
+        header = [f"{dtype}, TFLOP/s", OURS, *names, *(f"cosattn / {n.removeprefix('SDPA ')}" for n in names)]
+        if lines:
+            parts.append(table(header, lines))
+    note = "cosattn's figures include its L2 norm (forward and backward); the others get inputs normalised beforehand."
+    return "\n\n".join([*parts, f"{note} {machine(result)}"])
+
+
+def windows_block(results: Results) -> str:
+    """Windows with bias and mask, against the better of eager and compiled."""
+    result = results.get("windows")
+    if result is None:
+        return missing("windows")
+    lines = []
+    for row in result["rows"]:
+        case = row["case"]
+        others = {n: ms for n in row["timings"] if n != OURS and (ms := milliseconds(row, n)) is not None}
+        best = min(others, key=lambda n: others[n]) if others else ""
+        label = (
+            f"S {case['seq_len']}, {case['batch']}×{case['heads']}, {'bias and mask' if case['mask_prob'] else 'bias'}"
+        )
+        cells = [shown(row, OURS), shown(row, best), best.replace("normalize + SDPA", "eager").replace("eager, ", "")]
+        lines.append([f"{label}, {case['direction']}", *cells, ratio(row, best)])
+    header = ["bfloat16, d 32", "cosattn ms", "normalise + SDPA ms", "which", "cosattn is faster by"]
+    return "\n\n".join([table(header, lines), machine(result)])
+
+
+def memory_block(results: Results) -> str:
+    """Peak extra memory of forward and backward."""
+    result = results.get("memory")
+    if result is None:
+        return missing("memory")
+    cases: dict[tuple[str, int], dict[str, Result]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["case"]["dtype"], row["case"]["seq_len"]), {})[row["contender"]] = row
+    names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
+    lines = []
+    for (dtype, length), by_name in cases.items():
+        mib = next(iter(by_name.values()))["qkv_bytes"] / 2**20
+        sizes = [f"{by_name[n]['peak_extra_bytes'] / 2**20:.1f} MiB ({by_name[n]['times_qkv']:.1f}×)" for n in names]
+        lines.append([f"{dtype}, S {length}", f"{mib:.1f} MiB", *sizes])
+    header = ["one head, d 64, forward + backward", "q, k, v", *names]
+    return "\n\n".join([table(header, lines), f"In brackets: times the size of q, k and v together. {machine(result)}"])
+
+
+def host_block(results: Results) -> str:
+    """Host time per call and seconds to the first result."""
+    result = results.get("host")
+    if result is None:
+        return missing("host")
+    calls = [row for row in result["rows"] if "microseconds" in row]
+    names = list(calls[0]["microseconds"]) if calls else []
+    lines = [[row["measure"], *(f"{row['microseconds'][n]:.1f} µs" for n in names)] for row in calls]
+    firsts = [
+        [row["measure"], *(f"{row[key]:.2f} s" for key in ("context_s", "first_forward_s", "first_backward_s"))]
+        for row in result["rows"]
+        if "context_s" in row
+    ]
+    header = ["new process", "CUDA's own start", "then the first forward", "then the first forward + backward"]
+    tables = [table(["tiny shape (1, 8, 64, 64)", *names], lines)] * bool(lines)
+    return "\n\n".join([*tables, *[table(header, firsts)] * bool(firsts), machine(result)])
+
+
+def accuracy_block(results: Results) -> str:
+    """Largest error and largest ratio to SDPA, for each dtype and head dim."""
+    result = results.get("accuracy")
+    if result is None:
+        return missing("accuracy")
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["case"]["dtype"], row["case"]["head_dim"]), []).append(row)
+    names = ("out", "dq", "dk", "dv")
+    lines = [
+        [
+            f"{dtype}, d {d}",
+            *(f"{max(r[OURS][n] for r in rows):.1e} ({max(r['ratios'][n] for r in rows):.2f})" for n in names),
+        ]
+        for (dtype, d), rows in groups.items()
+    ]
+    lengths = sorted({row["case"]["seq_len"] for row in result["rows"]})
+    note = f"Largest over causal and not, S in {lengths}; in brackets the largest ratio to SDPA's error. "
+    return "\n\n".join([table(["relative error", *names], lines), note + machine(result)])
+
+
+def all_accuracy_block(results: Results) -> str:
+    """Every row of the accuracy run."""
+    result = results.get("accuracy")
+    if result is None:
+        return missing("accuracy")
+    names = ("out", "dq", "dk", "dv")
+    lines = []
+    for row in result["rows"]:
+        case = row["case"]
+        label = f"{case['dtype']}, d {case['head_dim']}, S {case['seq_len']}{', causal' * case['causal']}"
+        lines.append([label, *(f"{row[OURS][n]:.1e} ({row['ratios'][n]:.2f})" for n in names)])
+    return "\n\n".join([table(["error (ratio to SDPA's)", *names], lines), machine(result)])
+
+
+def variant_of(case: Result) -> str:
+    """A name for one of the seed's tables."""
+    direction = {"forward": "forward", "backward": "backward", "both": "forward + backward"}[case["direction"]]
+    return direction + ", causal" * case["causal"] + (f", {case['mask_prob']:.0%} masked" if case["mask_prob"] else "")
+
+
+def tables_block(results: Results, variants: Callable[[str], bool] = lambda variant: True) -> str:
+    """The seed's tables."""
+    result = results.get("tables")
+    if result is None:
+        return missing("tables")
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["timings"]))
+    others = [name for name in names if name != OURS]
+    parts = []
+    for variant in dict.fromkeys(variant_of(row["case"]) for row in result["rows"]):
+        if not variants(variant):
+            continue
+        lines = []
+        for row in result["rows"]:
+            if variant_of(row["case"]) == variant:
+                cells = [shown(row, OURS), *(f"{shown(row, n)} ({ratio(row, n)})" for n in others)]
+                lines.append([f"{row['case']['dtype']}, S {row['case']['seq_len']}", *cells])
+        parts.append(table([f"{variant}, ms", *names], lines))
+    case = result["rows"][0]["case"]
+    shape = (
+        f"Batch {case['batch']}, heads {case['heads']}, d {case['head_dim']}; every column includes its L2 norm; in "
+    )
+    shape += "brackets how many times longer than cosattn. "
+    return "\n\n".join([*parts, shape + machine(result)])
+
+
+def short_tables_block(results: Results) -> str:
+    """The seed's forward + backward table alone."""
+    return tables_block(results, lambda variant: variant == "forward + backward")
+
+
+def train_block(results: Results) -> str:
+    """Loss at the same steps and tokens/s of the three attentions."""
+    runs = {name: run for name in ("cosattn", "sdpa", "plain") if (run := results.get(f"train-{name}")) is not None}
+    if not runs:
+        return missing("train")
+    steps = sorted({point["step"] for run in runs.values() for point in run["curve"]})
+    lines = []
+    for step in steps:
+        losses = [{p["step"]: p["validation_loss"] for p in run["curve"]}.get(step) for run in runs.values()]
+        lines.append([f"validation loss, step {step}", *("-" if loss is None else f"{loss:.4f}" for loss in losses)])
+    lines.append(
+        ["tokens/s", *(f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-" for r in runs.values())]
+    )
+    peaks = [f"{r['peak_memory_bytes'] / 2**30:.1f} GiB" if r["peak_memory_bytes"] else "-" for r in runs.values()]
+    lines += [["peak memory", *peaks], ["outcome", *(r["outcome"] for r in runs.values())]]
+    first = next(iter(runs.values()))
+    c = first["config"]
+    model = f"Depth {c['depth']}, dim {c['dim']}, {c['heads']} heads of {c['head_dim']}, {c['groups']} groups, "
+    model += f"batch {c['batch']} × {c['seq_len']} bytes, {c['dtype']}; same seed, data and steps. "
+    return "\n\n".join([table(["", *runs], lines), model + machine(first)])
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "support": support_block,
+    "environment": environment_block,
+    "speed": speed_block,
+    "windows": windows_block,
+    "memory": memory_block,
+    "host": host_block,
+    "accuracy": accuracy_block,
+    "accuracy-all": all_accuracy_block,
+    "tables": tables_block,
+    "tables-short": short_tables_block,
+    "train": train_block,
+}
+
+
+def train_plot(results: Results) -> str | None:
+    """Validation loss over steps."""
+    runs = {name: run for name in ("cosattn", "sdpa", "plain") if (run := results.get(f"train-{name}")) is not None}
+    lines = [Line(n, [(p["step"], p["validation_loss"]) for p in r["curve"]]) for n, r in runs.items() if r["curve"]]
+    if not lines:
+        return None
+    return figure([Panel("validation loss", "step", "nats a byte", lines, log_x=False, log_y=False)])
+
+
+def generated(files: Iterable[Path], results: Results) -> dict[Path, str]:
+    """What every marked file and the training plot should hold. Raises ValueError for a marker nothing fills."""
+    texts: dict[Path, str] = {}
+    for path in files:
+        text = path.read_text()
+
+        def fill(match: re.Match[str], path: Path = path) -> str:
+            if match["name"] not in BLOCKS:
+                raise ValueError(f"{path}: nothing generates {match['name']!r}; there are {', '.join(BLOCKS)}")
+            return f"{match[1]}{BLOCKS[match['name']](results)}\n{match[3]}"
+
+        if (full := MARKED.sub(fill, text)) != text or MARKED.search(text):
+            texts[path] = full
+    if (plot := train_plot(results)) is not None:
+        texts[results.folder / "train.svg"] = plot
+    return texts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 when --check finds something out of date."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="change nothing, report what is out of date")
+    p.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    p.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    args = p.parse_args(arguments)
+    stale = []
+    for path, text in generated(args.files, Results(args.results)).items():
+        if not path.exists() or path.read_text() != text:
+            stale.append(path)
+            if not args.check:
+                path.write_text(text)
+    for path in stale:
+        print(f"{'out of date' if args.check else 'written'}: {path}")
+    if args.check and stale:
+        print("run: python scripts/tables.py")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
