@@ -174,7 +174,8 @@ class _Tiles:
 
     def group(self, x: Tensor) -> Tensor:
         """``(B, Hq, ...)`` as ``(B, Hkv, G, ...)``."""
-        return x.unflatten(1, (self.kv_heads, -1))
+        grouped: Tensor = x.unflatten(1, (self.kv_heads, -1))
+        return grouped
 
     def rows(self) -> Iterator[slice]:
         """The tiles of queries."""

@@ -22,7 +22,8 @@ def l2norm(x: Tensor, groups: int = 1) -> Tensor:
     """
     chunks = rearrange(x, "... (g c) -> ... g c", g=groups)
     norm = torch.linalg.vector_norm(chunks, dim=-1, keepdim=True)
-    return rearrange(chunks / norm.masked_fill(norm <= EPS, float("inf")), "... g c -> ... (g c)")
+    unit: Tensor = rearrange(chunks / norm.masked_fill(norm <= EPS, float("inf")), "... g c -> ... (g c)")
+    return unit
 
 
 @overload
@@ -134,9 +135,10 @@ def _attend(
     heads_per_kv = q.shape[1] // max(k.shape[1], 1)
     k, k_broken, v, v_broken = (repeat(x, "b h ... -> b (h r) ...", r=heads_per_kv) for x in (k, k_broken, v, v_broken))
     logits = scale * einsum("b h i d, b h j d -> b h i j", q, k)
+    visible = torch.ones_like(logits, dtype=torch.bool)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    visible = torch.ones_like(logits, dtype=torch.bool)
+        visible = visible & (bias != float("-inf"))
     if causal:
         visible = visible.tril(k.shape[2] - q.shape[2])
     if mask is not None:
