@@ -69,11 +69,14 @@ def check(
 
 
 def _is_finite_number(value: Any, minimum: float = -math.inf) -> bool:
-    if isinstance(value, torch.SymFloat | torch.SymInt):
-        return True
-    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
+    if isinstance(value, bool):
         return False
-    return math.isfinite(value) and float(value) >= minimum
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        if not isinstance(value, numbers.Real):
+            return False
+        value = float(value)
+    # comparisons, because torch.compile can not trace math.isfinite of a symbolic number; NaN fails them
+    return bool(-math.inf < value < math.inf and value >= minimum)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -111,7 +114,7 @@ def _check_qkv(problems: list[str], q: Any, k: Any, v: Any, groups: Any) -> Size
             f"got {_shape(k)} and {_shape(v)}"
         )
         return None
-    if k.ndim not in (3, 4) or v.ndim not in (3, 4):
+    if k.ndim not in (3, 4) or v.ndim != k.ndim:
         problems.append(
             f"k and v must be (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv), or without Hkv for a single head; "
             f"got {_shape(k)} and {_shape(v)}"
@@ -119,14 +122,13 @@ def _check_qkv(problems: list[str], q: Any, k: Any, v: Any, groups: Any) -> Size
         return None
     (batch, q_len, head_dim), q_heads = (q.shape[0], q.shape[-2], q.shape[-1]), 1 if q.ndim == 3 else q.shape[1]
     (k_len, value_dim), kv_heads = (k.shape[-2], v.shape[-1]), 1 if k.ndim == 3 else k.shape[1]
-    v_heads = 1 if v.ndim == 3 else v.shape[1]
     if k.shape[0] != batch or v.shape[0] != batch:
         problems.append(
             f"q, k and v must have one batch size, got {batch}, {k.shape[0]} and {v.shape[0]}; "
             "a batch of 1 is repeated without a copy by .expand"
         )
-    if v_heads != kv_heads:
-        problems.append(f"k and v must have the same heads, got {kv_heads} and {v_heads}")
+    if v.ndim == 4 and v.shape[1] != kv_heads:
+        problems.append(f"k and v must have the same heads, got {kv_heads} and {v.shape[1]}")
     if kv_heads == 0 and q_heads != 0:
         problems.append(f"q has {q_heads} heads but k has none")
     if kv_heads != 0 and q_heads % kv_heads != 0:

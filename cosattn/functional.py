@@ -1,8 +1,8 @@
 """The public function: checks its arguments and takes the shortest way to the work.
 
 Plain CUDA tensors in eager mode go straight to the kernels (``plan.py``, ``autograd.py``). Everything else, which is
-CPU tensors, torch.compile, fake and meta tensors, tensor subclasses, dispatch modes and functorch transforms, goes
-through the registered operators (``ops.py``). Both ways run the same code.
+CPU tensors, torch.compile, fake and meta tensors, tensor subclasses and dispatch modes, goes through the registered
+operators (``ops.py``). Both ways run the same code.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _through_operators(
     options = (groups, causal, attn_bias_batch_dim, l2norm_qk, scale_max, bias_bound, deterministic)
     sizes = _check(q, k, v, mask, attn_bias, scale, options)
     if not torch.compiler.is_dynamo_compiling():
-        _refuse_forward_mode(q, k, v, attn_bias, scale)
+        _refuse_transforms(q, k, v, attn_bias, scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     mask, attn_bias, scale_tensor = _canonical(sizes, q, mask, attn_bias, scale, attn_bias_batch_dim)
@@ -383,11 +383,15 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _refuse_forward_mode(*inputs: Tensor | float | None) -> None:
-    if forward_ad._current_level >= 0:
-        for x in inputs:
-            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-                raise UnsupportedError(
-                    "cosattn has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp). Way out: "
-                    "reverse mode, or cosattn.reference.cosine_attention_reference with O(S^2) memory."
-                )
+def _refuse_transforms(*inputs: Tensor | float | None) -> None:
+    """Raise UnsupportedError for derivatives and transforms the operators have no rule for."""
+    ways_out = (
+        "Ways out: torch.autograd.grad or .backward(), a mapped dimension folded into the batch, or "
+        "cosattn.reference.cosine_attention_reference with O(S^2) memory."
+    )
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedError(f"cosattn has no rules for torch.func transforms (grad, vjp, jvp, vmap). {ways_out}")
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise UnsupportedError(f"cosattn has no forward-mode derivative (torch.autograd.forward_ad). {ways_out}")

@@ -91,7 +91,8 @@ def test_threads_that_ask_at_once_share_one_load(library: Path, monkeypatch: pyt
     for thread in threads:
         thread.join()
     assert asked == [SPEC]
-    assert len(found) == 8 and len({id(kernel) for kernel in found}) == 1
+    assert len(found) == 8
+    assert len({id(kernel) for kernel in found}) == 1
 
 
 def test_the_struct_of_the_kernels_has_the_fields_of_abi() -> None:
