@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -34,15 +35,21 @@ Result = dict[str, Any]
 
 
 class Results:
-    """The result files of one folder."""
+    """The result files of one folder, as one page refers to them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, page: Path) -> None:
         self.folder = folder
+        self.page = page
 
     def get(self, name: str) -> Result | None:
         """One file's content, None when it was never measured."""
         path = self.folder / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else None
+
+    def plot(self, name: str, title: str) -> list[str]:
+        """The image of a result file, as Markdown; nothing when there is none."""
+        folder = Path(os.path.relpath(self.folder, self.page.parent)).as_posix()
+        return [f"![{title}]({folder}/{name}.svg)"] if (self.folder / f"{name}.json").exists() else []
 
 
 def missing(part: str) -> str:
@@ -147,7 +154,7 @@ def speed_block(results: Results) -> str:
         if lines:
             parts.append(table(header, lines))
     note = "cosattn's figures include its L2 norm (forward and backward); the others get inputs normalised beforehand."
-    return "\n\n".join([*parts, f"{note} {machine(result)}"])
+    return "\n\n".join([*parts, f"{note} {machine(result)}", *results.plot("speed", "milliseconds over length")])
 
 
 def windows_block(results: Results) -> str:
@@ -166,7 +173,8 @@ def windows_block(results: Results) -> str:
         cells = [shown(row, OURS), shown(row, best), best.replace("normalize + SDPA", "eager").replace("eager, ", "")]
         lines.append([f"{label}, {case['direction']}", *cells, ratio(row, best)])
     header = ["bfloat16, d 32", "cosattn ms", "normalise + SDPA ms", "which", "cosattn is faster by"]
-    return "\n\n".join([table(header, lines), machine(result)])
+    plot = results.plot("windows", "milliseconds over length")
+    return "\n\n".join([table(header, lines), machine(result), *plot])
 
 
 def memory_block(results: Results) -> str:
@@ -260,7 +268,7 @@ def tables_block(results: Results, variants: Callable[[str], bool] = lambda vari
         lines = []
         for row in result["rows"]:
             if variant_of(row["case"]) == variant:
-                cells = [shown(row, OURS), *(f"{shown(row, n)} ({ratio(row, n)})" for n in others)]
+                cells = [shown(row, OURS), *(f"{shown(row, n)} ({ratio(row, n)})".removesuffix(" (-)") for n in others)]
                 lines.append([f"{row['case']['dtype']}, S {row['case']['seq_len']}", *cells])
         parts.append(table([f"{variant}, ms", *names], lines))
     case = result["rows"][0]["case"]
@@ -268,7 +276,7 @@ def tables_block(results: Results, variants: Callable[[str], bool] = lambda vari
         f"Batch {case['batch']}, heads {case['heads']}, d {case['head_dim']}; every column includes its L2 norm; in "
     )
     shape += "brackets how many times longer than cosattn. "
-    return "\n\n".join([*parts, shape + machine(result)])
+    return "\n\n".join([*parts, shape + machine(result), *results.plot("tables", "milliseconds over length")])
 
 
 def short_tables_block(results: Results) -> str:
@@ -276,9 +284,14 @@ def short_tables_block(results: Results) -> str:
     return tables_block(results, lambda variant: variant == "forward + backward")
 
 
+def train_runs(results: Results) -> dict[str, Result]:
+    """The training runs there are, by attention."""
+    return {name: run for name in ("cosattn", "sdpa", "plain") if (run := results.get(f"train-{name}")) is not None}
+
+
 def train_block(results: Results) -> str:
     """Loss at the same steps and tokens/s of the three attentions."""
-    runs = {name: run for name in ("cosattn", "sdpa", "plain") if (run := results.get(f"train-{name}")) is not None}
+    runs = train_runs(results)
     if not runs:
         return missing("train")
     steps = sorted({point["step"] for run in runs.values() for point in run["curve"]})
@@ -295,7 +308,9 @@ def train_block(results: Results) -> str:
     c = first["config"]
     model = f"Depth {c['depth']}, dim {c['dim']}, {c['heads']} heads of {c['head_dim']}, {c['groups']} groups, "
     model += f"batch {c['batch']} × {c['seq_len']} bytes, {c['dtype']}; same seed, data and steps. "
-    return "\n\n".join([table(["", *runs], lines), model + machine(first)])
+    image = Path(os.path.relpath(results.folder, results.page.parent)).as_posix()
+    plot = f"![validation loss]({image}/train.svg)"
+    return "\n\n".join([table(["", *runs], lines), model + machine(first), plot])
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
@@ -315,14 +330,14 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 
 def train_plot(results: Results) -> str | None:
     """Validation loss over steps."""
-    runs = {name: run for name in ("cosattn", "sdpa", "plain") if (run := results.get(f"train-{name}")) is not None}
+    runs = train_runs(results)
     lines = [Line(n, [(p["step"], p["validation_loss"]) for p in r["curve"]]) for n, r in runs.items() if r["curve"]]
     if not lines:
         return None
     return figure([Panel("validation loss", "step", "nats a byte", lines, log_x=False, log_y=False)])
 
 
-def generated(files: Iterable[Path], results: Results) -> dict[Path, str]:
+def generated(files: Iterable[Path], folder: Path) -> dict[Path, str]:
     """What every marked file and the training plot should hold. Raises ValueError for a marker nothing fills."""
     texts: dict[Path, str] = {}
     for path in files:
@@ -331,12 +346,11 @@ def generated(files: Iterable[Path], results: Results) -> dict[Path, str]:
         def fill(match: re.Match[str], path: Path = path) -> str:
             if match["name"] not in BLOCKS:
                 raise ValueError(f"{path}: nothing generates {match['name']!r}; there are {', '.join(BLOCKS)}")
-            return f"{match[1]}{BLOCKS[match['name']](results)}\n{match[3]}"
+            return f"{match[1]}{BLOCKS[match['name']](Results(folder, path))}\n{match[3]}"
 
-        if (full := MARKED.sub(fill, text)) != text or MARKED.search(text):
-            texts[path] = full
-    if (plot := train_plot(results)) is not None:
-        texts[results.folder / "train.svg"] = plot
+        texts[path] = MARKED.sub(fill, text)
+    if (plot := train_plot(Results(folder, folder))) is not None:
+        texts[folder / "train.svg"] = plot
     return texts
 
 
@@ -348,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     args = p.parse_args(arguments)
     stale = []
-    for path, text in generated(args.files, Results(args.results)).items():
+    for path, text in generated(args.files, args.results).items():
         if not path.exists() or path.read_text() != text:
             stale.append(path)
             if not args.check:

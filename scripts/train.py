@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import hashlib
 import json
 import sys
 import sysconfig
@@ -122,11 +123,11 @@ class LanguageModel(nn.Module):
 
 
 def standard_library_text(limit: int) -> bytes:
-    """Source files of Python's own standard library, in sorted order, up to ``limit`` bytes."""
+    """Source files of Python's own standard library up to ``limit`` bytes, in an order that mixes its packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+    left_out = {"test", "tests", "encodings", "idlelib", "site-packages", "dist-packages", "__pycache__"}
     text = bytearray()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(root.rglob("*.py"), key=lambda path: hashlib.md5(path.name.encode()).digest()):
         if left_out.isdisjoint(path.relative_to(root).parts[:-1]):
             text += path.read_bytes()
             if len(text) >= limit:
@@ -265,8 +266,8 @@ def parser(on_gpu: bool) -> argparse.ArgumentParser:
         "--data", type=Path, help="text file, for example enwik8 or enwik8.gz; default: the standard library's sources"
     )
     p.add_argument("--bytes", type=int, default=either(100_000_000, 4_000_000), help="most bytes of text to use")
-    p.add_argument("--steps", type=int, default=either(1000, 120))
-    p.add_argument("--minutes", type=float, default=either(60.0, 2.0), help="stop after this long")
+    p.add_argument("--steps", type=int, default=either(1000, 250))
+    p.add_argument("--minutes", type=float, default=either(60.0, 1.5), help="stop after this long")
     p.add_argument("--batch", type=int, default=either(16, 8))
     p.add_argument("--seq-len", type=int, default=either(1024, 256))
     p.add_argument("--depth", type=int, default=either(8, 4))
@@ -280,7 +281,7 @@ def parser(on_gpu: bool) -> argparse.ArgumentParser:
     )
     p.add_argument("--learning-rate", type=float, default=either(4e-4, 2e-3))
     p.add_argument("--rise", type=int, default=20, help="steps over which the learning rate rises")
-    p.add_argument("--validate-every", type=int, default=either(50, 20))
+    p.add_argument("--validate-every", type=int, default=either(50, 25))
     p.add_argument("--validation-batches", type=int, default=either(8, 4))
     p.add_argument("--sample-bytes", type=int, default=either(512, 200), help="0: no sample")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
