@@ -94,7 +94,7 @@ class BackwardTiles:
     key_blocks: int
     """Blocks of 16 keys of a warp."""
     splits: int
-    """Warps that share the same keys, each with its part of the columns of dK and dV."""
+    """Warps that share the same keys: each has its part of a tile's queries (P, dS) and of the columns (dK, dV)."""
     stages: int
     """Query tiles in shared memory."""
     ds_buffers: int
@@ -108,11 +108,18 @@ class BackwardTiles:
         """Warps of a thread block."""
         return self.block_n // (16 * self.key_blocks) * self.splits
 
+    def ds_tiles(self, spec: KernelSpec) -> int:
+        """Tiles of dS in shared memory: none when nobody but the warp that computed it reads it."""
+        if spec.deterministic:
+            return 1 if self.splits > 1 else 0
+        return self.ds_buffers
+
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         size = 4 if spec.dtype == "float32" else 2
         pitches = _pad16(spec.head_dim) + _pad16(spec.value_dim) + 16
-        ds = 0 if spec.deterministic else self.ds_buffers * self.block_n * (_pad16(self.block_m) + (4 if size == 4 else 8))
+        exchanged = self.ds_tiles(spec) + (1 if self.splits > 1 else 0)
+        ds = exchanged * self.block_n * (_pad16(self.block_m) + (4 if size == 4 else 8))
         tiles = size * (self.block_n * pitches + self.stages * self.block_m * pitches + ds)
         return max(tiles + self.stages * 2 * self.block_m * 4, 4 * self.block_n * (_pad16(spec.head_dim) + 4))
 

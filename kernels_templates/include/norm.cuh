@@ -95,9 +95,9 @@ __device__ __forceinline__ void normalize_tile(T* tile, float factor) {
     }
 }
 
-// Rows of a (batch, heads, length, D) tensor into contiguous rows: x_hat * factor. `mask` (may be null): rows of keys
+// Rows of a (batch, heads, length, D) tensor into contiguous rows: factor * x_hat (NORMALIZE), or factor * x. `mask` (may be null): rows of keys
 // that nobody may attend become zeros, so that nothing they hold is ever multiplied.
-template <int D, int GROUPS, int THREADS, class T>
+template <int D, int GROUPS, bool NORMALIZE, int THREADS, class T>
 __device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stride, int64_t rows, int heads, int length,
                                                float factor, const float* head_factor, const unsigned char* mask,
                                                int64_t mask_b, int64_t mask_s, int64_t block) {
@@ -112,11 +112,11 @@ __device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stri
     float x[8] = {}, inverse[8];
     if (inside && (mask == nullptr || mask[b * mask_b + s * mask_s]))
         load8(x, from + b * stride.b + h * stride.h + s * stride.s + lane * 8);
-    inverse_norms<D, GROUPS>(inverse, x, lane);
+    if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane);
     if (inside) {
         if (head_factor != nullptr) factor *= head_factor[h];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] *= inverse[i] * factor;
+        for (int i = 0; i < 8; ++i) x[i] *= NORMALIZE ? inverse[i] * factor : factor;
         store8(to + row * D + lane * 8, x);
     }
 }

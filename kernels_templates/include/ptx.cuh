@@ -109,6 +109,13 @@ template <int N> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// ---- barriers -----------------------------------------------------------------------------------------------------
+
+// Wait until `threads` threads (whole warps) have come to barrier `id` (1 to 15; 0 is __syncthreads).
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- matrix fragments ---------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 (16-byte aligned).
