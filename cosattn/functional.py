@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cosattn import arguments, fallback
+from cosattn import arguments, fallback, flops
 from cosattn.arguments import Sizes, bias_with_four_dimensions, scale_per_head, with_heads
 from cosattn.autograd import attention
 from cosattn.errors import UnsupportedError
@@ -228,6 +228,8 @@ def _through_operators(
     sizes = _check(q, k, v, mask, attn_bias, scale, options)
     if not torch.compiler.is_dynamo_compiling():
         _refuse_transforms(q, k, v, attn_bias, scale)
+        if torch._C._len_torch_dispatch_stack():
+            flops.tell_active_counters()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     mask, attn_bias, scale_tensor = _canonical(sizes, q, mask, attn_bias, scale, attn_bias_batch_dim)

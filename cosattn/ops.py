@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from cosattn import cpu, fallback
 from cosattn.arguments import Sizes
@@ -303,21 +302,3 @@ torch.library.register_fake(FORWARD, _fake_forward)
 torch.library.register_fake(BACKWARD, _fake_backward)
 torch.library.register_autograd(FORWARD, _forward_gradient, setup_context=_setup_context)
 torch.library.register_autograd(BACKWARD, _backward_gradient)
-
-
-_Shape = tuple[int, int, int, int]
-
-
-@register_flop_formula(torch.ops.cosattn.attention_forward)
-def _forward_flops(q: _Shape, k: _Shape, v: _Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    batch, heads, q_len, head_dim = q
-    return 2 * batch * heads * q_len * k[2] * (head_dim + v[3])
-
-
-@register_flop_formula(torch.ops.cosattn.attention_backward)
-def _backward_flops(
-    dout: Any, dlse: Any, q: _Shape, k: _Shape, v: _Shape, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    """Five products: logits again, dP, dV, dQ and dK."""
-    batch, heads, q_len, head_dim = q
-    return 2 * batch * heads * q_len * k[2] * (3 * head_dim + 2 * v[3])
