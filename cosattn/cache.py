@@ -246,7 +246,8 @@ def lock(place: Path, entry: str) -> Iterator[Lock]:
         os.close(descriptor)
     try:
         held = Lock(descriptor, began, _read_json(descriptor))
-        held.record(pid=os.getpid(), host=socket.gethostname(), since=time.time())
+        # A failure stays readable for those that are still waiting behind this one.
+        held.record(**{**held.previous, "pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield held
     finally:
         os.close(descriptor)
