@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosattn import env
-
-EPSILON = 1e-12
+from cosattn.reference import EPS
 
 _warned = False
 
@@ -129,7 +128,7 @@ def gradients(
 def _normalise(x: Tensor, groups: int) -> Tensor:
     """L2 norm of ``groups`` equal chunks of the last dimension, in float32; a chunk of zeros stays zero."""
     chunks = x.float().unflatten(-1, (groups, -1))
-    return F.normalize(chunks, dim=-1, eps=EPSILON).flatten(-2)
+    return F.normalize(chunks, dim=-1, eps=EPS).flatten(-2)
 
 
 def _allowed(q: Tensor, k_len: int, mask: Tensor | None, causal: bool) -> Tensor | None:

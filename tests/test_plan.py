@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from emulated_kernel import STREAM, WORKSPACE, EmulatedKernel
 from torch import Tensor
 
+import cosattn
 from cosattn import fallback, functional, launch, plan
 from cosattn.errors import ArgumentError, UnsupportedError
 from cosattn.reference import cosine_attention_reference
@@ -505,3 +507,50 @@ def test_the_workspace_is_as_large_as_the_kernel_wants(
     q, k, v = (leaf(1, 2, 4, 8) for _ in range(3))
     attend(q, k, v).sum().backward()
     assert sizes == [WORKSPACE, WORKSPACE]
+
+
+def test_every_reason_of_a_refusal_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = KernelSpec("forward", "sm90", "float32", 12, 12)
+    reasons = SimpleNamespace(reasons=lambda spec: ["12 is no multiple of 8", "it is Monday"])
+    monkeypatch.setattr(cosattn, "support", reasons, raising=False)
+    with pytest.raises(UnsupportedError, match=r"(?s)f32_d12:.*12 is no.*Monday.*Ways out: .*COSATTN_FALLBACK=1"):
+        plan.load(spec)
+    asked = []
+    monkeypatch.setattr(reasons, "reasons", lambda spec: [])
+    monkeypatch.setattr(launch, "kernel", asked.append)
+    plan.load(spec)
+    assert asked == [spec]
+
+
+def test_a_gpu_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UnsupportedError, match=r"Old GPU \(compute capability 7\.0\)\. Ways out: "):
+        plan.architecture(0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert plan.architecture(0) == "sm90"
+
+
+def test_work_moves_to_the_device_of_the_tensors_and_back(
+    kernels: dict[KernelSpec, EmulatedKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = [3]
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_: object) -> None:
+            current[0] = self.before
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(launch, "current_device", lambda: current[0])
+    monkeypatch.setattr(launch, "current_stream", lambda device: seen.append((device, current[0])) or STREAM)
+    x = leaf(1, 1, 4, 8)
+    attend(x, x, x).sum().backward()
+    assert seen == [(-1, -1), (-1, -1)]
+    assert current == [3]
