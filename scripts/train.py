@@ -17,6 +17,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 import time
@@ -24,6 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+# Where other processes share the cores, OpenMP threads that spin while they wait cost ten times the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +40,7 @@ from baselines import grouped_normalize, plain_attention
 from cosattn import cosine_attention
 from cosattn.bench import environment
 
+SAMPLE_SECONDS = 20.0
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -113,8 +118,11 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompt: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:
-        """Extend a ``(1, n)`` prompt by ``length`` bytes."""
+        """Extend a ``(1, n)`` prompt by ``length`` bytes, or by as many as come within SAMPLE_SECONDS."""
+        deadline = time.perf_counter() + SAMPLE_SECONDS
         for _ in range(length):
+            if time.perf_counter() > deadline:
+                break
             logits = self(prompt[:, -self.seq_len :])[:, -1].float() / temperature
             best = logits.topk(32)
             choice = torch.multinomial(best.values.softmax(-1).cpu(), 1, generator=generator).to(prompt.device)
