@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -554,3 +555,23 @@ def test_work_moves_to_the_device_of_the_tensors_and_back(
     attend(x, x, x).sum().backward()
     assert seen == [(-1, -1), (-1, -1)]
     assert current == [3]
+
+
+def test_a_hit_does_little(kernels: dict[KernelSpec, EmulatedKernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host time where it can be counted without a GPU: calls of Python and C functions on the way to the launch."""
+    monkeypatch.setattr(EmulatedKernel, "launch", lambda *_: 0)
+    q, k, v = (leaf(1, 2, 4, 8, grad=False) for _ in range(3))
+    attend(q, k, v)
+    count = 0
+
+    def watch(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    options = DEFAULTS.values()
+    sys.setprofile(watch)
+    try:
+        functional._direct(q, k, v, *options)
+    finally:
+        sys.setprofile(None)
+    assert count <= 32
