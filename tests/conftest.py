@@ -16,8 +16,8 @@ _COMMON = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
 )
-settings.register_profile("dev", parent=_COMMON, max_examples=4)
-settings.register_profile("ci", parent=_COMMON, max_examples=6, derandomize=True, database=None, print_blob=True)
+settings.register_profile("dev", parent=_COMMON, max_examples=10)
+settings.register_profile("ci", parent=_COMMON, max_examples=30, derandomize=True, database=None, print_blob=True)
 settings.register_profile("thorough", parent=_COMMON, max_examples=40, print_blob=True)
 
 
