@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -221,7 +219,6 @@ def environment(device: torch.device) -> dict[str, object]:
     facts: dict[str, object] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cosattn": __version__,
-        "commit": _commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -245,17 +242,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
-
-
-def _commit() -> str:
-    if "COSATTN_COMMIT" in os.environ:
-        return os.environ["COSATTN_COMMIT"]
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists() or shutil.which("git") is None:
-        return "unknown"
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def _nvidia_smi() -> dict[str, object]:

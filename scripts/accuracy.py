@@ -24,9 +24,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark import Case, needed_specs, prebuild
+from machine import environment
 
 from cosattn import cosine_attention
-from cosattn.bench import DTYPES, environment, sdpa, table
+from cosattn.bench import DTYPES, sdpa, table
 from cosattn.reference import cosine_attention_reference
 
 NAMES = ("out", "dq", "dk", "dv")

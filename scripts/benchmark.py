@@ -36,11 +36,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baselines import original_triton, plain_attention
+from machine import environment
 from plot import Line, Panel, figure
 
 from cosattn import cosine_attention
 from cosattn.arch import arch_of
-from cosattn.bench import DTYPES, Stopwatch, Timing, directions, environment, host_microseconds, sdpa, table, tflops
+from cosattn.bench import DTYPES, Stopwatch, Timing, directions, host_microseconds, sdpa, table, tflops
 from cosattn.spec import KernelSpec, softmax_mode
 
 OURS = "cosattn"

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baselines import grouped_normalize, plain_attention
+from machine import environment
 
 from cosattn import cosine_attention
-from cosattn.bench import environment
 
 SAMPLE_SECONDS = 20.0
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
