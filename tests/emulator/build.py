@@ -15,7 +15,7 @@ REPLACED = ("ptx.cuh", "launch.cuh")
 
 _COMPILER = os.environ.get("CXX", "g++")
 _COMMON = ["-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{HERE / 'include'}"]
-_MACHINE = [*_COMMON, "-O2", "-march=native", "-fvisibility=hidden", "-Wall", "-Wextra"]
+_MACHINE = [*_COMMON, "-O2", "-march=native", "-Wall", "-Wextra", "-shared"]
 _KERNEL = [
     *_COMMON,
     "-O1",
@@ -44,7 +44,7 @@ def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
     """Compile one ``.cu`` source with the headers it includes (relative name -> text)."""
     emulator = {path.name: path.read_text() for path in sorted((HERE / "include").iterdir())}
     headers = {name: emulator[Path(name).name] if Path(name).name in REPLACED else text for name, text in (headers or {}).items()}
-    machine = _machine()
+    machine = machine_library()
     digest = _digest([source, *(part for item in sorted(headers.items()) for part in item)], emulator, machine.name, _KERNEL)
     target = cache_directory() / f"{digest}.so"
     if target.exists():
@@ -60,17 +60,20 @@ def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
     _compile([*_KERNEL, f"-I{folder}", "-c", str(kernel), "-o", str(folder / "kernel.o")])
     # Linked without -fsanitize=thread: the machine defines what the instrumentation calls.
     private = target.with_suffix(f".{os.getpid()}")
-    _compile(["-shared", "-Wl,--no-undefined", str(folder / "kernel.o"), str(machine), "-ldl", "-o", str(private)])
+    link = ["-shared", "-Wl,--no-undefined", f"-Wl,-rpath,{machine.parent}", str(folder / "kernel.o"), str(machine)]
+    _compile([*link, "-o", str(private)])
     private.replace(target)
     return target
 
 
-def _machine() -> Path:
+def machine_library() -> Path:
+    """The emulated machine: one library, which every kernel of a process shares."""
     source = HERE / "machine.cpp"
-    target = cache_directory() / f"machine-{_digest([source.read_text(), (HERE / 'include/machine.h').read_text()], _MACHINE)}.o"
+    digest = _digest([source.read_text(), (HERE / "include" / "machine.h").read_text()], _MACHINE)
+    target = cache_directory() / f"machine-{digest}.so"
     if not target.exists():
         private = target.with_suffix(f".{os.getpid()}")
-        _compile([*_MACHINE, "-c", str(source), "-o", str(private)])
+        _compile([*_MACHINE, str(source), f"-Wl,-soname,{target.name}", "-ldl", "-o", str(private)])
         private.replace(target)
     return target
 

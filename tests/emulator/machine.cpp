@@ -501,15 +501,14 @@ void fault(const char* format, ...) {
     leave(here() + buffer);
 }
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT void emulator_configure(unsigned long long seed, int patience_s) {
+extern "C" void emulator_configure(unsigned long long seed, int patience_s) {
     m.seed = (seed * 0x9E3779B97F4A7C15ULL) ^ 0xD1B54A32D192ED03ULL;
     if (!m.seed) m.seed = 1;
     m.patience_s = patience_s;
     m.statistics = {};
 }
-EXPORT const char* emulator_fault() { return fault_message(); }
-EXPORT void emulator_statistics(uint64_t* out) { memcpy(out, &m.statistics, sizeof m.statistics); }
+extern "C" const char* emulator_fault() { return fault_message(); }
+extern "C" void emulator_statistics(uint64_t* out) { memcpy(out, &m.statistics, sizeof m.statistics); }
 
 // ---- block and warp -----------------------------------------------------------------------------------------------
 
