@@ -108,7 +108,7 @@ def _compiler() -> Facts:
     kits = toolchain.toolkits()
     return {
         "nvcc, in order of choice": [kit.describe() for kit in kits]
-        or "none (searched CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda*, pip's nvidia packages)",
+        or "none (searched CUDA_HOME, CUDA_PATH, pip's nvidia packages, PATH, /usr/local/cuda*)",
         "host compiler": cxx or cxx_problem,
         "ninja": ninja or ninja_problem,
     }

@@ -143,16 +143,16 @@ def _homes() -> Iterator[tuple[str, Path]]:
 
 
 def _guesses() -> Iterator[tuple[str, Path]]:
+    # pip's comes first: whoever installed a compiler beside torch got the version that fits it.
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for home in sorted(Path(folder).glob("cu[0-9]*"), key=_version_in_name, reverse=True):
+            yield "pip", home
     if on_path := shutil.which("nvcc"):
         yield "PATH", Path(on_path).resolve().parent.parent
     yield "/usr/local", Path("/usr/local/cuda")
     for home in sorted(Path("/usr/local").glob("cuda-*"), key=_version_in_name, reverse=True):
         yield "/usr/local", home
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or [] if spec else []:
-        for home in sorted(Path(folder).glob("cu[0-9]*"), key=_version_in_name, reverse=True):
-            yield "pip", home
-        yield "pip", Path(folder) / "cuda_nvcc"
 
 
 def _version_in_name(path: Path) -> list[int]:

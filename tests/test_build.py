@@ -40,7 +40,7 @@ needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no CUDA compiler here
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An empty cache, the tiny kernel, no memory of failures."""
-    for name in ("COSATTN_PREBUILT_DIR", "COSATTN_DISABLE_JIT", "CUDA_HOME", "CUDA_PATH"):
+    for name in ("COSATTN_PREBUILT_DIR", "COSATTN_DISABLE_JIT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COSATTN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "cosattn.render", None)

@@ -127,14 +127,15 @@ def test_nvcc_too_old_for_the_architecture(monkeypatch: pytest.MonkeyPatch, tmp_
         toolchain.find(SM90, None)
 
 
-def test_a_newer_toolkit_elsewhere_is_chosen(
+def test_pip_comes_first_and_a_newer_toolkit_is_chosen_where_needed(
     no_toolkits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (no_toolkits / "nvcc").symlink_to(make_toolkit(tmp_path / "old", "11.8") / "bin" / "nvcc")
-    new = make_toolkit(tmp_path / "site" / "nvidia" / "cu13")
+    new = make_toolkit(tmp_path / "new", "13.0")
+    (no_toolkits / "nvcc").symlink_to(new / "bin" / "nvcc")
+    old = make_toolkit(tmp_path / "site" / "nvidia" / "cu11", "11.8")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
-    assert toolchain.find(SM80, None).cuda_version == (11, 8)
+    assert toolchain.find(SM80, None).cuda_home == old
     assert toolchain.find(SM90, None).cuda_home == new
 
 
