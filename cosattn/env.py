@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from cosattn.errors import ArgumentError
+
 VARIABLES: dict[str, str] = {
     "COSATTN_CACHE_DIR": "Where built kernels are kept. Default: $XDG_CACHE_HOME/cosattn, else ~/.cache/cosattn.",
     "COSATTN_PREBUILT_DIR": "A folder written by `python -m cosattn.warmup --output`: searched first, never written.",
@@ -27,22 +29,22 @@ def text(name: str) -> str | None:
 
 
 def flag(name: str) -> bool:
-    """Whether a switch is on. Raises ValueError for a value that is neither yes nor no."""
+    """Whether a switch is on. Raises ArgumentError for a value that is neither yes nor no."""
     value = (text(name) or "0").lower()
     if value in _TRUE:
         return True
     if value in _FALSE:
         return False
-    raise ValueError(f"{name}={value!r} is not a switch: use 1 or 0")
+    raise ArgumentError(f"{name}={value!r} is not a switch: use 1 or 0")
 
 
 def number(name: str) -> int | None:
-    """A whole number of at least 1, None when unset. Raises ValueError for anything else."""
+    """A whole number of at least 1, None when unset. Raises ArgumentError for anything else."""
     value = text(name)
     if value is None:
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
+        raise ArgumentError(f"{name}={value!r} is not a whole number of at least 1")
     return int(value)
 
 

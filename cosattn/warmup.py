@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("cosattn.warmup: no supported kernel is selected", file=sys.stderr)
             return 1
         jobs = options.jobs or default_jobs()
-    except (CosattnError, ValueError) as error:
+    except CosattnError as error:
         print(f"cosattn.warmup: {error}", file=sys.stderr)
         return 1
     # Asking for a build on the command line overrides a setting that is meant for the program being served.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cosattn import env
+from cosattn.errors import ArgumentError
 
 PACKAGE = Path(env.__file__).parent
 NAME = re.compile(r"COSATTN_[A-Z_]*[A-Z]")
@@ -28,14 +29,14 @@ def test_flag(monkeypatch: pytest.MonkeyPatch, value: str, expected: bool) -> No
 
 def test_flag_refuses_a_value_that_is_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COSATTN_DISABLE_JIT", "maybe")
-    with pytest.raises(ValueError, match="COSATTN_DISABLE_JIT='maybe' is not a switch"):
+    with pytest.raises(ArgumentError, match="COSATTN_DISABLE_JIT='maybe' is not a switch"):
         env.flag("COSATTN_DISABLE_JIT")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
 def test_number_refuses(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("COSATTN_JOBS", value)
-    with pytest.raises(ValueError, match="COSATTN_JOBS"):
+    with pytest.raises(ArgumentError, match="COSATTN_JOBS"):
         env.number("COSATTN_JOBS")
 
 

@@ -73,7 +73,7 @@ def test_the_pipeline_goes_one_way() -> None:
         ("arch", set()),
         ("abi", set()),
         ("_version", set()),
-        ("env", set()),
+        ("env", {"errors"}),
         ("spec", set()),
         ("reference", {"errors"}),
         ("cpu", {"errors", "reference"}),
