@@ -9,6 +9,7 @@
 // The first fault ends the launch: its message waits in fault_message().
 #include "machine.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <csignal>
 #include <cmath>
@@ -86,6 +87,9 @@ namespace emulator {
 namespace {
 
 constexpr int max_threads = 1024;
+constexpr int max_warps = max_threads / 32;
+constexpr int tracked_warps = 16;  // readers of a byte that are told apart; warp 16 shares the place of warp 0, and so on
+constexpr int max_barriers = 16;
 constexpr size_t max_shared = 227 * 1024;
 constexpr size_t shared_margin = 256 * 1024;  // address space around shared memory, to recognise near misses
 constexpr size_t page = 4096;
@@ -121,19 +125,31 @@ struct Fiber {
 
 struct Warp {
     uint32_t ready;
-    uint32_t epoch;  // barriers of this warp so far, never reset
     int arrived;
     const char* name;
     Site site;
     void* operands[32];
 };
 
-// What is remembered of each byte of shared memory.
+struct Barrier {
+    const char* name;
+    Site site;
+    int expected;
+    std::vector<int> waiting;  // threads
+    int sum = 0, result = 0;
+};
+
+// What is remembered of each byte of shared memory. Times are readings of a warp's clock, which its barriers advance;
+// 0 is before everything.
 struct Byte {
-    uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
-    int16_t writer, reader;
+    struct Read {
+        uint32_t time;
+        int16_t thread;
+        bool many_lanes;  // several lanes at this time
+    } read[tracked_warps];
+    uint32_t write_time;
+    int16_t writer;
     bool in_flight;
-    bool many_lanes, many_warps;  // readers since the last barrier of the warp, of the block
     Where write_where, read_where;
 };
 
@@ -160,13 +176,11 @@ struct Machine {
     unsigned char* region = nullptr;
     unsigned char* shared = nullptr;
     Byte* bytes = nullptr;
-    uint32_t epoch = 0;  // block barriers and block starts so far, never reset
     int done = 0;
     std::vector<unsigned> order;  // of the blocks
-
-    int barrier_arrived = 0, barrier_sum = 0, barrier_result = 0;
-    const char* barrier_name = nullptr;
-    Site barrier_site{};
+    Barrier barriers[max_barriers];
+    uint32_t clock[max_warps];              // of each warp, never reset
+    uint32_t known[max_warps][max_warps];   // [w][x]: what x did before this time on its clock is ordered before w
 } m;
 
 uint64_t next_random() {  // xorshift64*
@@ -252,16 +266,17 @@ void forget_copies() {
 }
 
 void run_block() {
-    ++m.epoch;
     ++m.statistics.blocks;
-    m.done = m.barrier_arrived = m.barrier_sum = 0;
+    m.done = 0;
+    for (Barrier& barrier : m.barriers) barrier.waiting.clear(), barrier.sum = 0;
+    for (uint32_t& clock : m.clock) ++clock;
+    for (auto& known : m.known) memcpy(known, m.clock, sizeof m.clock);
     memset(m.shared, poison, size_t(m.shared_bytes));
     forget_copies();
     int warps = m.threads / 32;
     for (int w = 0; w < warps; ++w) {
         m.warps[w].ready = 0xffffffffu;
         m.warps[w].arrived = 0;
-        ++m.warps[w].epoch;
     }
     for (int t = 0; t < m.threads; ++t) {
         Fiber& f = m.fibers[t];
@@ -376,10 +391,8 @@ void prepare(int threads) {
 
 enum class Kind { read, write };
 
-// True when somebody of warp and epochs given, not this thread, is not ordered before this thread.
-bool unordered(uint32_t epoch, uint32_t warp_epoch, int thread) {
-    return epoch == m.epoch && (thread / 32 != m.self / 32 || warp_epoch == m.warps[m.self / 32].epoch);
-}
+// True when what a thread did at that time is not ordered before this thread.
+bool unordered(int thread, uint32_t time) { return time >= m.known[m.self / 32][thread / 32]; }
 
 [[noreturn]] void race(size_t offset, const char* mine, const char* theirs, int thread, Where there, Where where) {
     fault("race in shared memory: %s byte %zu at %s, which thread %d %s at %s with no barrier between", mine, offset,
@@ -394,37 +407,28 @@ void access(const void* address, size_t size, Kind kind, Where where) {
     if (first < 0 || first + long(size) > m.shared_bytes)
         fault("shared memory out of bounds: %s bytes [%ld, %ld) of %d at %s", verb, first, first + long(size),
               m.shared_bytes, text(where).c_str());
-    uint32_t warp_epoch = m.warps[m.self / 32].epoch;
-    int16_t self = int16_t(m.self);
+    int warp = m.self / 32;
     for (size_t i = size_t(first); i < size_t(first) + size; ++i) {
         Byte& b = m.bytes[i];
         if (b.in_flight)
             fault("%s byte %zu of shared memory at %s while the copy_async of thread %d at %s is under way", verb, i,
                   text(where).c_str(), b.writer, text(b.write_where).c_str());
-        if (b.writer != self && unordered(b.write_epoch, b.write_warp_epoch, b.writer))
+        if (b.writer != m.self && unordered(b.writer, b.write_time))
             race(i, verb, "wrote", b.writer, b.write_where, where);
         if (kind == Kind::read) {
-            if (b.read_epoch != m.epoch) {
-                b.many_lanes = b.many_warps = false;
-            } else if (b.reader / 32 != self / 32) {
-                b.many_warps = true;
-                b.many_lanes = false;
-            } else if (b.read_warp_epoch != warp_epoch) {
-                b.many_lanes = false;
-            } else if (b.reader != self) {
-                b.many_lanes = true;
-            }
-            b.read_epoch = m.epoch;
-            b.read_warp_epoch = warp_epoch;
-            b.reader = self;
+            Byte::Read& r = b.read[warp % tracked_warps];
+            r.many_lanes = r.time == m.clock[warp] && (r.many_lanes || r.thread != m.self);
+            r.time = m.clock[warp];
+            r.thread = int16_t(m.self);
             b.read_where = where;
         } else {
-            if (b.read_epoch == m.epoch &&
-                (b.many_warps || ((b.reader != self || b.many_lanes) && unordered(b.read_epoch, b.read_warp_epoch, b.reader))))
-                race(i, verb, "read", b.reader, b.read_where, where);
-            b.write_epoch = m.epoch;
-            b.write_warp_epoch = warp_epoch;
-            b.writer = self;
+            for (int w = 0; w < std::min(m.threads / 32, tracked_warps); ++w) {
+                const Byte::Read& r = b.read[w];
+                if ((r.thread != m.self || r.many_lanes) && unordered(r.thread, r.time))
+                    race(i, verb, "read", r.thread, b.read_where, where);
+            }
+            b.write_time = m.clock[warp];
+            b.writer = int16_t(m.self);
             b.write_where = where;
         }
     }
@@ -515,31 +519,55 @@ extern "C" void emulator_statistics(uint64_t* out) { memcpy(out, &m.statistics, 
 unsigned char* shared_memory() { return m.shared; }
 int lane() { return m.self % 32; }
 
-void block_barrier(const char* name, Site site) {
-    if (m.barrier_arrived == 0) {
-        m.barrier_name = name;
-        m.barrier_site = site;
-    } else if (m.barrier_site.line != site.line || strcmp(m.barrier_name, name)) {
-        fault("divergent barrier: this thread is at %s %s, others wait at %s %s", name, text(site).c_str(),
-              m.barrier_name, text(m.barrier_site).c_str());
+namespace {
+
+// Everything the threads have done is ordered before everything they do from now on.
+void synchronise(const std::vector<int>& threads) {
+    uint32_t known[max_warps] = {}, warps = 0;
+    for (int t : threads) warps |= 1u << t / 32;
+    for (int w = 0; w < max_warps; ++w) {
+        if (!(warps >> w & 1)) continue;
+        m.known[w][w] = ++m.clock[w];
+        for (int x = 0; x < max_warps; ++x) known[x] = std::max(known[x], m.known[w][x]);
     }
-    if (++m.barrier_arrived < m.threads) {
+    for (int t : threads) memcpy(m.known[t / 32], known, sizeof known);
+}
+
+}  // namespace
+
+void block_barrier(const char* name, int id, int threads, Site site) {
+    if (id < 0 || id >= max_barriers) fault("%s at %s: there is no barrier %d", name, text(site).c_str(), id);
+    if (threads <= 0 || threads > m.threads || threads % 32)
+        fault("%s at %s: a barrier of %d threads in a block of %d", name, text(site).c_str(), threads, m.threads);
+    Barrier& barrier = m.barriers[id];
+    if (barrier.waiting.empty()) {
+        barrier.name = name;
+        barrier.site = site;
+        barrier.expected = threads;
+    } else if (barrier.expected != threads || (id == 0 && (barrier.site.line != site.line || strcmp(barrier.name, name)))) {
+        fault("divergent barrier: this thread is at %s %s, others wait at %s %s", name, text(site).c_str(), barrier.name,
+              text(barrier.site).c_str());
+    }
+    barrier.waiting.push_back(m.self);
+    if (int(barrier.waiting.size()) < barrier.expected) {
         wait(name, site);
         return;
     }
-    m.barrier_arrived = 0;
-    m.barrier_result = m.barrier_sum;
-    m.barrier_sum = 0;
-    ++m.epoch;
     ++m.statistics.barriers;
-    for (int w = 0; w < m.threads / 32; ++w) m.warps[w].ready = 0xffffffffu;
+    synchronise(barrier.waiting);
+    for (int t : barrier.waiting) m.warps[t / 32].ready |= 1u << t % 32;
+    barrier.waiting.clear();
+    barrier.result = barrier.sum;
+    barrier.sum = 0;
 }
 
 int block_count(int predicate, Site site) {
-    m.barrier_sum += predicate != 0;
-    block_barrier("__syncthreads_count", site);
-    return m.barrier_result;
+    m.barriers[0].sum += predicate != 0;
+    block_barrier("__syncthreads_count", 0, m.threads, site);
+    return m.barriers[0].result;
 }
+
+int block_threads() { return m.threads; }
 
 void warp_collective(const char* name, Site site, void* operands, Compute compute) {
     Warp& warp = m.warps[m.self / 32];
@@ -562,7 +590,10 @@ void warp_collective(const char* name, Site site, void* operands, Compute comput
 }
 
 void warp_barrier(Site site) {
-    warp_collective("__syncwarp", site, nullptr, [](void* const*) { ++m.warps[m.self / 32].epoch; });
+    warp_collective("__syncwarp", site, nullptr, [](void* const*) {
+        int w = m.self / 32;
+        m.known[w][w] = ++m.clock[w];
+    });
 }
 
 uint64_t shuffle(const char* name, uint64_t value, int source_lane, Site site) {

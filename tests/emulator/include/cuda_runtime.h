@@ -75,7 +75,9 @@ using std::max;
 using std::min;
 [[noreturn]] inline void __trap() { emulator::fault("__trap()"); }
 
-inline void __syncthreads(emulator::Site site = EMULATOR_CALLER) { emulator::block_barrier("__syncthreads", site); }
+inline void __syncthreads(emulator::Site site = EMULATOR_CALLER) {
+    emulator::block_barrier("__syncthreads", 0, emulator::block_threads(), site);
+}
 inline int __syncthreads_count(int p, emulator::Site site = EMULATOR_CALLER) { return emulator::block_count(p, site); }
 inline int __syncthreads_or(int p, emulator::Site site = EMULATOR_CALLER) { return emulator::block_count(p, site) != 0; }
 inline int __syncthreads_and(int p, emulator::Site site = EMULATOR_CALLER) { return emulator::block_count(!p, site) == 0; }

@@ -27,7 +27,9 @@ const char* fault_message();
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 unsigned char* shared_memory();
-void block_barrier(const char* name, Site site);
+int block_threads();
+// Waits until that many threads (whole warps) have come to barrier id; 0 is __syncthreads.
+void block_barrier(const char* name, int id, int threads, Site site);
 // How many threads of the block gave a non-zero value.
 int block_count(int predicate, Site site);
 

@@ -58,6 +58,12 @@ inline void copy_async16(void* shared, const void* global, bool valid, emulator:
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int N> inline void copy_async_wait() { emulator::copy_async_wait(N); }
 
+// ---- barriers -----------------------------------------------------------------------------------------------------
+
+inline void barrier_sync(int id, int threads, emulator::Site site = EMULATOR_CALLER) {
+    emulator::block_barrier("barrier_sync", id, threads, site);
+}
+
 // ---- matrix fragments ---------------------------------------------------------------------------------------------
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row, emulator::Site site = EMULATOR_CALLER) {
