@@ -20,7 +20,7 @@ POINTERS: tuple[str, ...] = (
     "dk",  # (B, Hkv, Sk, D)
     "dv",  # (B, Hkv, Sk, Dv)
     "dbias",  # float32, shape of the unbroadcast bias, contiguous; the launch zeroes what it accumulates into
-    "dscale",  # (B, Hq, Sq) float32 contiguous: q_hat . dq_hat of each row; null when not wanted
+    "dscale",  # (B, Hq, Sq) float32 contiguous: q_hat . sum_j dS_ij k_hat_j of each row; null when not wanted
     "workspace",  # cosattn_workspace_bytes() bytes, 256-byte aligned
 )
 

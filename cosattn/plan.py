@@ -28,9 +28,6 @@ from cosattn.spec import DType, KernelSpec, Softmax
 ALIGNMENT = 16
 """Bytes; addresses and row strides of q, k, v, out and their gradients are multiples of it."""
 
-TINY_SCALE = 2.0**-100
-"""Stands in for a learned scale of exactly 0 in backward, where dscale is recovered by dividing by scale."""
-
 DTYPE_NAMES: dict[torch.dtype, DType] = {
     torch.float32: "float32",
     torch.float16: "float16",
@@ -363,8 +360,6 @@ class Plan:
         dv = torch.empty_like(v) if plan.dv is None else v.new_empty_strided(*plan.dv)
         dbias = bias.new_empty(bias.shape, dtype=torch.float32) if bias is not None and bias_grad else None
         dscale = q.new_empty(self._lse_shape, dtype=torch.float32) if scale_grad else None
-        if scale is not None and scale_grad:
-            scale = scale.masked_fill(scale == 0.0, TINY_SCALE)
         workspace = q.new_empty(plan.workspace, dtype=torch.uint8) if plan.workspace else None
         pointers = launch.pack_pointers(
             q_address,
@@ -391,7 +386,7 @@ class Plan:
             dbias = dbias.to(bias.dtype)
         if dscale is not None and scale is not None:
             sizes = self._sizes
-            dscale = dscale.view(sizes.batch, sizes.q_heads, sizes.q_len).sum((0, 2)) / scale.view(-1)
+            dscale = dscale.view(sizes.batch, sizes.q_heads, sizes.q_len).sum((0, 2))
         return Gradients(dq, dk, dv, dbias, dscale)
 
     def _plan_backward(

@@ -16,7 +16,7 @@ import jinja2
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import backward_tiles, forward_tiles
+from cosattn.tiles import backward_tiles, forward_tiles, query_tiles
 
 _ELEMENTS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 _INCLUDE = re.compile(r'^#include "(include/[\w./]+)"', re.MULTILINE)
@@ -84,6 +84,7 @@ def render(spec: KernelSpec) -> Rendered:
         spec=spec,
         arch=arch,
         tiles=forward_tiles(spec) if spec.direction == "forward" else backward_tiles(spec),
+        query_tiles=query_tiles(spec) if spec.deterministic else None,
         element=_ELEMENTS[spec.dtype],
         bias_element=_ELEMENTS[spec.bias] if spec.bias else None,
     )

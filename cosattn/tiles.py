@@ -121,7 +121,7 @@ class BackwardTiles:
         exchanged = self.ds_tiles(spec) + (1 if self.splits > 1 else 0)
         ds = exchanged * self.block_n * (_pad16(self.block_m) + (4 if size == 4 else 8))
         tiles = size * (self.block_n * pitches + self.stages * self.block_m * pitches + ds)
-        return max(tiles + self.stages * 2 * self.block_m * 4, 4 * self.block_n * (_pad16(spec.head_dim) + 4))
+        return max(tiles + self.stages * 2 * self.block_m * 4, 4 * self.block_n * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 8))
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
@@ -133,38 +133,60 @@ def backward_tiles(spec: KernelSpec) -> BackwardTiles:
     raise AssertionError(f"no backward tile fits {spec.name}")
 
 
+@dataclass(frozen=True, slots=True)
+class QueryTiles:
+    """How the deterministic gradient of q is cut: 16 query rows a warp, two stages of keys."""
+
+    block_m: int
+    block_n: int
+
+    def shared_bytes(self, spec: KernelSpec) -> int:
+        """Shared memory of one thread block; the same sum as QUERY_SHARED_BYTES in the template."""
+        size = 4 if spec.dtype == "float32" else 2
+        return size * (self.block_m + 2 * self.block_n) * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 16)
+
+
+def query_tiles(spec: KernelSpec) -> QueryTiles:
+    """The largest candidate that fits the architecture's shared memory."""
+    for block_m, block_n in ((64, 64), (64, 32), (64, 16), (32, 32), (32, 16), (16, 16)):
+        tiles = QueryTiles(block_m, block_n)
+        if tiles.shared_bytes(spec) <= limit_of(spec) and backward_tiles(spec).block_m % block_m == 0:
+            return tiles
+    raise AssertionError(f"no query tile fits {spec.name}")
+
+
 def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     if spec.dtype == "float32":
         if widest <= 64:
             return [
-                BackwardTiles(32, 128, 16, 1, 1, 2, 2, 1, False, False),
+                BackwardTiles(32, 64, 16, 2, 2, 2, 1, 2, False, False),
                 BackwardTiles(32, 64, 16, 1, 1, 1, 1, 1, False, False),
             ]
         if widest <= 128:
             return [
-                BackwardTiles(32, 64, 16, 1, 2, 2, 1, 1, False, False),
-                BackwardTiles(16, 32, 16, 1, 2, 1, 1, 1, False, False),
+                BackwardTiles(32, 64, 16, 2, 2, 2, 1, 1, False, False),
+                BackwardTiles(16, 32, 16, 1, 1, 1, 1, 1, False, False),
             ]
         return [
-            BackwardTiles(16, 32, 16, 1, 4, 2, 1, 1, False, False),
-            BackwardTiles(16, 16, 16, 1, 4, 1, 1, 1, False, False),
+            BackwardTiles(32, 32, 16, 1, 2, 2, 1, 1, False, False),
+            BackwardTiles(16, 16, 16, 1, 1, 1, 1, 1, False, False),
         ]
     if widest <= 64:
         return [
-            BackwardTiles(64, 128, 16, 2, 1, 2, 2, 2 if limit_of(spec) > 200_000 else 1, True, False),
+            BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, True, False),
             BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, True, False),
             BackwardTiles(64, 64, 16, 2, 1, 2, 1, 1, True, False),
         ]
     if widest <= 128:
         return [
-            BackwardTiles(64, 128, 16, 1, 1, 2, 2, 1, True, False),
+            BackwardTiles(64, 128, 32, 2, 2, 2, 2, 1, False, False),
             BackwardTiles(64, 64, 16, 1, 1, 1, 1, 1, True, False),
         ]
     return [
-        BackwardTiles(32, 64, 16, 1, 2, 2, 2, 1, False, False),
-        BackwardTiles(32, 32, 16, 1, 4, 1, 1, 1, False, False),
-        BackwardTiles(16, 32, 16, 1, 4, 1, 1, 1, False, False),
+        BackwardTiles(64, 64, 16, 2, 4, 2, 1, 1, False, False),
+        BackwardTiles(32, 32, 16, 1, 2, 1, 1, 1, False, False),
+        BackwardTiles(16, 32, 16, 1, 1, 1, 1, 1, False, False),
     ]
 
 

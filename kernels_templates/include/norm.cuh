@@ -75,9 +75,13 @@ __device__ __forceinline__ float normalize_backward(float (&g)[8], const float (
     return sum_lanes<row_lanes(D)>(total);
 }
 
-// Rows of a tile in shared memory, in place: x <- factor * x_hat (NORMALIZE), or factor * x.
-template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, class T>
-__device__ __forceinline__ void normalize_tile(T* tile, float factor) {
+// Rows of a tile in shared memory, in place: x <- factor * x_hat (NORMALIZE), or factor * x; rows that keep(row) does not
+// want become zeros.
+struct KeepAll {
+    __device__ __forceinline__ bool operator()(int) const { return true; }
+};
+template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, class T, class Keep = KeepAll>
+__device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep = Keep()) {
     constexpr int LANES = row_lanes(D);
     constexpr int ROWS_PER_PASS = THREADS / LANES;
     const int lane = int(threadIdx.x) % LANES;
@@ -87,7 +91,7 @@ __device__ __forceinline__ void normalize_tile(T* tile, float factor) {
         const int row = first + int(threadIdx.x) / LANES;
         const bool inside = holds_columns && (ROWS % ROWS_PER_PASS == 0 || row < ROWS);
         float x[8] = {}, inverse[8];
-        if (inside) load8(x, tile + row * PITCH + lane * 8);
+        if (inside && keep(row)) load8(x, tile + row * PITCH + lane * 8);
         if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane);
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] *= NORMALIZE ? inverse[i] * factor : factor;

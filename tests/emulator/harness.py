@@ -57,7 +57,7 @@ class Backward:
     dbias: Tensor | None
     """float32, shape of the bias."""
     dscale_rows: Tensor | None
-    """(B, Hq, Sq) float32: q_hat . dq_hat of each row; their sum over b and rows, divided by scale, is dscale."""
+    """(B, Hq, Sq) float32: q_hat . sum_j dS_ij k_hat_j of each row; their sum over b and rows is dscale."""
     statistics: dict[str, int]
 
 
