@@ -76,7 +76,9 @@ def test_the_definition(causal: bool, q_len: int, k_len: int, groups: int) -> No
 @pytest.mark.parametrize("causal", [False, True])
 def test_sdpa_on_normalised_inputs(causal: bool) -> None:
     q, k, v = normal(2, 3, 9, 8), normal(2, 3, 9, 8), normal(2, 3, 9, 5)
-    expected = F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, is_causal=causal, scale=8)
+    expected = F.scaled_dot_product_attention(
+        F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, is_causal=causal, scale=8
+    )
     torch.testing.assert_close(cosine_attention_reference(q, k, v, causal=causal), expected)
 
 
