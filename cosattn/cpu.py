@@ -129,7 +129,7 @@ def backward(
                 dk[:, :, keys] += _weighted_sum_over_rows(dlogits, hidden, q_rows)
                 dq[:, :, :, rows] += _weighted_sum(dlogits, hidden, tiles.k[:, :, keys])
                 if dbias is not None:
-                    dbias[:, :, rows, keys] += dlogits.flatten(1, 2).sum_to_size(dbias[:, :, rows, keys].shape)
+                    dbias[:, :, rows, keys] = dlogits.flatten(1, 2).sum_to_size(dbias[:, :, rows, keys].shape)
         # From here the gradient of scale * normalised q.
         if dscale is not None:
             dscale.copy_((tiles.q_unit * dq).sum(dim=(0, 3, 4)).flatten())

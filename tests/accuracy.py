@@ -44,6 +44,7 @@ class Case:
     visible: Tensor  # bool, broadcastable to (B, Hq, Sq, Sk)
     bias: Tensor | None  # (B|1, Hq|1, Sq, Sk)
     dout: Tensor  # (B, Hq, Sq, Dv)
+    dlse: Tensor  # (B, Hq, Sq), zeros when the log-sum-exp is not used
 
     def repeated(self, x: Tensor) -> Tensor:
         """Keys or values, one head per query head."""
@@ -75,7 +76,7 @@ def rounded_attention(case: Case) -> Results:
         logits = logits + case.bias.to(wide)
     p = _softmax(logits, case.visible)
     out = (rounded(p) @ v).to(dtype)
-    delta = (dout * out.to(wide)).sum(-1, keepdim=True)
+    delta = (dout * out.to(wide)).sum(-1, keepdim=True) - case.dlse.to(wide)[..., None]
     dlogits = rounded(p * (dout @ v.mT - delta))
     dv = rounded(p).mT @ dout
     dq = scale * (dlogits @ k_low)
@@ -118,7 +119,8 @@ def magnitudes(case: Case) -> dict[str, float]:
     logits = scale * (q_unit @ k_unit.mT) + (0 if case.bias is None else case.bias.double())
     p = _softmax(logits, case.visible)
     out = p @ v.abs()
-    dlogits = p * (dout.abs() @ v.abs().mT + (dout.abs() * out).sum(-1, keepdim=True))
+    delta = (dout.abs() * out).sum(-1, keepdim=True) + case.dlse.double().abs()[..., None]
+    dlogits = p * (dout.abs() @ v.abs().mT + delta)
     dq, dk = (scale.abs() * dlogits) @ k_unit.abs(), (scale.abs() * dlogits).mT @ q_unit.abs()
     if case.l2norm_qk:
         dq, dk = _over_norm(dq, q, case.groups), _over_norm(dk, k, case.groups)

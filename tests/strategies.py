@@ -227,7 +227,18 @@ class Inputs:
         """What the other implementations take."""
         spec = self.problem.spec
         bias = None if self.bias is None else self.bias.masked_fill(self.bias == float("-inf"), 0)
-        return Case(self.q, self.k, self.v, self.scale, spec.groups, spec.l2norm, self.visible(), bias, self.dout)
+        return Case(
+            self.q,
+            self.k,
+            self.v,
+            self.scale,
+            spec.groups,
+            spec.l2norm,
+            self.visible(),
+            bias,
+            self.dout,
+            self.dlse if self.problem.uses_lse else torch.zeros_like(self.dlse),
+        )
 
     def arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """Positional and keyword arguments of the public function, in the forms the problem asks for."""
