@@ -109,9 +109,6 @@ template <int N> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Bring the cache line at `global` close, without waiting for it.
-__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
-
 // ---- barriers -----------------------------------------------------------------------------------------------------
 
 // Wait until `threads` threads (whole warps) have come to barrier `id` (1 to 15; 0 is __syncthreads).

@@ -60,8 +60,6 @@ template <int N> inline void copy_async_wait() { emulator::copy_async_wait(N); }
 
 // ---- barriers -----------------------------------------------------------------------------------------------------
 
-inline void prefetch(const void*) {}
-
 inline void barrier_sync(int id, int threads, emulator::Site site = EMULATOR_CALLER) {
     emulator::block_barrier("barrier_sync", id, threads, site);
 }
