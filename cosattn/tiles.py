@@ -28,9 +28,9 @@ class ForwardTiles:
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         size = 4 if spec.dtype == "float32" else 2
-        along = _pad16(spec.head_dim) + 8
-        across = _pad16(spec.value_dim) + (4 if size == 4 else 8)
-        return size * (self.block_m * along + self.stages * self.block_n * (along + across))
+        along = size * _pad16(spec.head_dim) + 16
+        across = size * _pad16(spec.value_dim) + 16
+        return max(self.block_m * along + self.stages * self.block_n * (along + across), self.block_m * across)
 
 
 def _pad16(columns: int) -> int:

@@ -53,6 +53,19 @@ __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_
     }
 }
 
+// Rows of a tile to global memory.
+template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
+__device__ __forceinline__ void store_rows(T* global, int64_t row_stride, const T* tile, int rows_valid) {
+    constexpr int VECTOR = 16 / int(sizeof(T)), PER_ROW = COLUMNS / VECTOR;
+#pragma unroll 4
+    for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
+        const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
+        if (row < rows_valid)
+            *reinterpret_cast<uint4*>(global + row * row_stride + column) =
+                *reinterpret_cast<const uint4*>(tile + row * PITCH + column);
+    }
+}
+
 // ---- fragments ----------------------------------------------------------------------------------------------------
 
 // 16 x STEP.

@@ -124,3 +124,31 @@ __device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stri
         store8(to + row * D + lane * 8, x);
     }
 }
+
+// ROWS rows of one head, from row `first` on: store(row, column, x) gets eight columns of x_hat (NORMALIZE) or x at a
+// time. Rows that keep(row) does not want become zeros.
+template <int ROWS, int D, int GROUPS, bool NORMALIZE, int THREADS, class T, class Keep, class Store>
+__device__ __forceinline__ void normalize_head(const T* from, int64_t stride, int first, int length, Keep keep,
+                                               Store store) {
+    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, PASSES = ROWS / ROWS_PER_PASS;
+    static_assert(ROWS % ROWS_PER_PASS == 0, "rows of a block");
+    const int lane = int(threadIdx.x) % LANES;
+    first += int(threadIdx.x) / LANES;
+    float x[PASSES][8] = {};
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const int row = first + pass * ROWS_PER_PASS;
+        if (row < length && lane * 8 < D && keep(row)) load8(x[pass], from + row * stride + lane * 8);
+    }
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const int row = first + pass * ROWS_PER_PASS;
+        if constexpr (NORMALIZE) {
+            float inverse[8];
+            inverse_norms<D, GROUPS>(inverse, x[pass], lane);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[pass][i] *= inverse[i];
+        }
+        if (row < length && lane * 8 < D) store(row, lane * 8, x[pass]);
+    }
+}
