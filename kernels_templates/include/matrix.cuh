@@ -277,6 +277,11 @@ template <class T> __device__ __forceinline__ void store8(T* to, const float (&x
     *reinterpret_cast<uint4*>(to) = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
                                                pack2<T>(x[6], x[7]));
 }
+// Two neighbours.
+__device__ __forceinline__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
+template <class T> __device__ __forceinline__ float2 load2(const T* from) {
+    return unpack2<T>(*reinterpret_cast<const uint32_t*>(from));
+}
 __device__ __forceinline__ void store2(float* to, float x, float y) {
     *reinterpret_cast<float2*>(to) = make_float2(x, y);
 }

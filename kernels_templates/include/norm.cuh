@@ -55,7 +55,12 @@ __device__ __forceinline__ void inverse_norms(float (&inverse)[8], const float (
     for (int i = 0; i < 8; ++i) squares[i] = x[i] * x[i];
     sum_groups<D, GROUPS>(inverse, squares, lane_in_row);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) inverse[i] = inverse[i] <= EPSILON * EPSILON ? 0.f : reciprocal_sqrt(inverse[i]);
+    for (int i = 0; i < 8; ++i) {
+        if (i > 0 && D / GROUPS % 8 == 0)
+            inverse[i] = inverse[0];  // all of a lane's columns are in one group
+        else
+            inverse[i] = inverse[i] <= EPSILON * EPSILON ? 0.f : reciprocal_sqrt(inverse[i]);
+    }
 }
 
 // Through the norm: given a row x and the gradient g of x_hat, g <- (g - x_hat (x_hat . g)) / |x| per group.

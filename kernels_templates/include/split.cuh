@@ -23,14 +23,14 @@ template <> struct FragmentA<Split> {
 template <> struct FragmentB<Split> {
     FragmentB<f16> hi, lo;
 };
-// Sums of SPLIT_SCALE^2 a b. `start` is kept apart: tensor cores truncate every sum to the precision of its largest term.
+// Sums of SPLIT_SCALE^2 a b.
 template <> struct Accumulator<Split> {
-    float c[4], small[4], start[4];
+    float c[4], small[4];
     __device__ __forceinline__ void fill(int i, float x) {
-        c[i] = small[i] = 0.f;
-        start[i] = x;
+        c[i] = x;
+        small[i] = 0.f;
     }
-    __device__ __forceinline__ float value(int i, float factor) const { return fmaf(c[i] + small[i], factor, start[i]); }
+    __device__ __forceinline__ float value(int i, float factor) const { return (c[i] + small[i]) * factor; }
 };
 
 template <int PITCH> __device__ __forceinline__ void load_a(FragmentA<Split>& a, const Split* tile) {
