@@ -157,10 +157,11 @@ def query_tiles(spec: KernelSpec) -> QueryTiles:
 
 def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
+    biased = spec.bias is not None
     if spec.dtype == "float32":
         if widest <= 64:
             return [
-                BackwardTiles(32, 64, 16, 2, 2, 2, 1, 2, False, False),
+                BackwardTiles(64, 64, 16, 2, 2, 1, 1, 2, False, False),
                 BackwardTiles(32, 64, 16, 1, 1, 1, 1, 1, False, False),
             ]
         if widest <= 128:
@@ -174,8 +175,8 @@ def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
         ]
     if widest <= 64:
         return [
-            BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, True, False),
-            BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, True, False),
+            BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, not biased, biased),
+            BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, not biased, biased),
             BackwardTiles(64, 64, 16, 2, 1, 2, 1, 1, True, False),
         ]
     if widest <= 128:
