@@ -43,9 +43,10 @@ def cache_directory() -> Path:
 def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
     """Compile one ``.cu`` source with the headers it includes (relative name -> text)."""
     emulator = {path.name: path.read_text() for path in sorted((HERE / "include").iterdir())}
-    headers = {name: emulator[Path(name).name] if Path(name).name in REPLACED else text for name, text in (headers or {}).items()}
+    headers = dict(headers or {})
+    headers |= {name: emulator[Path(name).name] for name in headers if Path(name).name in REPLACED}
     machine = machine_library()
-    digest = _digest([source, *(part for item in sorted(headers.items()) for part in item)], emulator, machine.name, _KERNEL)
+    digest = _digest(source, sorted(headers.items()), emulator, machine.name, _KERNEL)
     target = cache_directory() / f"{digest}.so"
     if target.exists():
         return target

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accuracy import Case, assert_accurate
+from accuracy import Case, assert_accurate, relative_error
 from torch import Tensor
 
 from cosattn.reference import cosine_attention_reference
@@ -94,7 +94,8 @@ def tensors_of(problem: Problem, seed: int = 0) -> Tensors:
     bias = None
     if problem.bias:
         sizes = {"b": problem.batch, "h": heads}
-        bias = normal(*(sizes[axis] if axis in problem.bias_shape else 1 for axis in "bh"), sq, sk).to(TORCH[problem.bias])
+        leading = (sizes[axis] if axis in problem.bias_shape else 1 for axis in "bh")
+        bias = normal(*leading, sq, sk).to(TORCH[problem.bias])
     scale: float | Tensor = 8.0 / problem.groups if problem.scale is None else problem.scale
     if scale == 0:
         scale = torch.linspace(4.0, 9.0, heads)
@@ -162,10 +163,21 @@ def computed(problem: Problem, t: Tensors, seed: int = 0) -> dict[str, Tensor]:
     if t.mask is not None:
         hidden = ~t.mask[:, None, :, None]
         k, v = k.masked_fill(hidden, float("nan")), v.masked_fill(hidden, float("nan"))
-    options = {"mask": t.mask, "bias": t.bias, "scale": t.scale, "seed": seed}
-    first = harness.run_forward(forward, t.q, k, v, **options)  # type: ignore[arg-type]
-    second = harness.run_backward(  # type: ignore[arg-type]
-        backward, t.q, k, v, first.out, first.lse, t.dout, dlse=t.dlse, want_dscale=isinstance(t.scale, Tensor), **options
+    first = harness.run_forward(forward, t.q, k, v, mask=t.mask, bias=t.bias, scale=t.scale, seed=seed)
+    second = harness.run_backward(
+        backward,
+        t.q,
+        k,
+        v,
+        first.out,
+        first.lse,
+        t.dout,
+        dlse=t.dlse,
+        mask=t.mask,
+        bias=t.bias,
+        scale=t.scale,
+        want_dscale=isinstance(t.scale, Tensor),
+        seed=seed,
     )
     results = {"out": first.out, "lse": first.lse, "dq": second.dq, "dk": second.dk, "dv": second.dv}
     if second.dbias is not None:
@@ -195,8 +207,7 @@ def check(problem: Problem, seed: int = 0) -> dict[str, float]:
     case = Case(t.q, t.k, t.v, scale, problem.groups, problem.l2norm, _visible(problem, t), t.bias, t.dout, dlse)
     standard = problem.scale is None and min(problem.sk or problem.sq, problem.sq) > 8 and not problem.dlse
     assert_accurate(results, expected, case, standard=standard)
-    errors = {name: torch.linalg.vector_norm(x.double() - expected[name]).item() for name, x in results.items()}
-    return {name: error / max(torch.linalg.vector_norm(expected[name]).item(), 1e-300) for name, error in errors.items()}
+    return {name: relative_error(x, expected[name]) for name, x in results.items()}
 
 
 def _visible(problem: Problem, t: Tensors) -> Tensor:

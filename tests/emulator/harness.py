@@ -86,7 +86,8 @@ class Library:
         message = self.symbols.emulator_fault().decode() or f"cudaError {status}"
         message = re.sub(r"<\+(0x[0-9a-f]+)>", lambda found: self._line(found[1]), message)
         if memory is not None:
-            message = re.sub(r"<(0x[0-9a-f]+)>", lambda found: f"{found[1]} ({memory.describe(int(found[1], 16))})", message)
+            place = memory.describe
+            message = re.sub(r"<(0x[0-9a-f]+)>", lambda found: f"{found[1]} ({place(int(found[1], 16))})", message)
         raise KernelFault(message)
 
     def _line(self, offset: str) -> str:
@@ -192,8 +193,9 @@ def run_backward(
     if want_dscale:
         tensors["dscale"] = memory.empty("dscale", tuple(q.shape[:-1]), torch.float32)
     statistics = _launch(spec, memory, tensors, scale, seed)
-    results = {name: tensors[name].clone() if name in tensors else None for name in ("dq", "dk", "dv", "dbias", "dscale")}
-    return Backward(results["dq"], results["dk"], results["dv"], results["dbias"], results["dscale"], statistics)  # type: ignore[arg-type]
+    dq, dk, dv = (tensors[name].clone() for name in ("dq", "dk", "dv"))
+    dbias, dscale = (tensors[name].clone() if name in tensors else None for name in ("dbias", "dscale"))
+    return Backward(dq, dk, dv, dbias, dscale, statistics)
 
 
 def _inputs(
@@ -217,7 +219,9 @@ def _stored_like(tensor: Tensor, width: int) -> Tensor:
     return torch.empty(b, h, s, width, dtype=tensor.dtype)
 
 
-def _launch(spec: KernelSpec, memory: Guarded, tensors: Mapping[str, Tensor], scale: float | Tensor, seed: int) -> dict[str, int]:
+def _launch(
+    spec: KernelSpec, memory: Guarded, tensors: Mapping[str, Tensor], scale: float | Tensor, seed: int
+) -> dict[str, int]:
     emulated = library(spec)
     problem = _problem(tensors, scale)
     workspace_bytes = emulated.symbols.cosattn_workspace_bytes
@@ -233,7 +237,13 @@ def _launch(spec: KernelSpec, memory: Guarded, tensors: Mapping[str, Tensor], sc
 
 def _problem(tensors: Mapping[str, Tensor], scale: float | Tensor) -> bytes:
     q, k = tensors["q"], tensors["k"]
-    values = {"batch": q.shape[0], "q_heads": q.shape[1], "kv_heads": k.shape[1], "q_len": q.shape[2], "k_len": k.shape[2]}
+    values = {
+        "batch": q.shape[0],
+        "q_heads": q.shape[1],
+        "kv_heads": k.shape[1],
+        "q_len": q.shape[2],
+        "k_len": k.shape[2],
+    }
     for name, tensor in tensors.items():
         for axis, letter in enumerate("bhs"):
             if f"{name}_{letter}" in abi.INTEGERS and name != "mask":

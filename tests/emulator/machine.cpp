@@ -88,7 +88,8 @@ namespace {
 
 constexpr int max_threads = 1024;
 constexpr int max_warps = max_threads / 32;
-constexpr int tracked_warps = 16;  // readers of a byte that are told apart; warp 16 shares the place of warp 0, and so on
+constexpr int tracked_warps =
+    16;  // readers of a byte that are told apart; warp 16 shares the place of warp 0, and so on
 constexpr int max_barriers = 16;
 constexpr size_t max_shared = 227 * 1024;
 constexpr size_t shared_margin = 256 * 1024;  // address space around shared memory, to recognise near misses
@@ -169,6 +170,7 @@ struct Machine {
     int threads, shared_bytes;
     Fiber* fiber = nullptr;  // the running one
     int self = 0;
+    Where last;  // memory access
     Context scheduler;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
@@ -179,8 +181,8 @@ struct Machine {
     int done = 0;
     std::vector<unsigned> order;  // of the blocks
     Barrier barriers[max_barriers];
-    uint32_t clock[max_warps];              // of each warp, never reset
-    uint32_t known[max_warps][max_warps];   // [w][x]: what x did before this time on its clock is ordered before w
+    uint32_t clock[max_warps];             // of each warp, never reset
+    uint32_t known[max_warps][max_warps];  // [w][x]: what x did before this time on its clock is ordered before w
 } m;
 
 uint64_t next_random() {  // xorshift64*
@@ -249,7 +251,8 @@ std::string waiting() {
     std::string s;
     for (Group& g : groups) {
         char buffer[256];
-        snprintf(buffer, sizeof buffer, "%s%d threads (first: %d) at %s", s.empty() ? "" : "; ", g.count, g.first, g.name);
+        snprintf(buffer, sizeof buffer, "%s%d threads (first: %d) at %s", s.empty() ? "" : "; ", g.count, g.first,
+                 g.name);
         s += buffer;
         if (g.site.file) s += " " + text(g.site);
     }
@@ -317,12 +320,7 @@ std::string here() {
     return buffer;
 }
 
-void on_signal(int signal, siginfo_t* info, void* context) {
-#if defined(__x86_64__)
-    void* code = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
-#else
-    void* code = nullptr;
-#endif
+void on_signal(int signal, siginfo_t* info, void*) {
     char buffer[256];
     auto address = static_cast<char*>(info->si_addr);
     if (signal == SIGVTALRM) {
@@ -332,7 +330,7 @@ void on_signal(int signal, siginfo_t* info, void* context) {
     } else {  // the harness puts a name to the address
         snprintf(buffer, sizeof buffer, "access violation at address <0x%zx> at ", size_t(address));
     }
-    leave(here() + buffer + text(Where(code)));
+    leave(here() + buffer + text(m.last));
 }
 
 class Signals {
@@ -445,10 +443,9 @@ void require_shared(const char* name, const void* address, size_t bytes, Site si
 void land(const Copy& copy) {
     for (int i = 0; i < copy.bytes; ++i) m.bytes[copy.shared - m.shared + i].in_flight = false;
     access(copy.shared, size_t(copy.bytes), Kind::write, copy.where);
-    if (copy.valid)
-        memcpy(copy.shared, copy.global, size_t(copy.bytes));
-    else
-        memset(copy.shared, 0, size_t(copy.bytes));
+    m.last = copy.where;
+    if (copy.valid) memcpy(copy.shared, copy.global, size_t(copy.bytes));
+    else memset(copy.shared, 0, size_t(copy.bytes));
 }
 
 }  // namespace
@@ -544,9 +541,10 @@ void block_barrier(const char* name, int id, int threads, Site site) {
         barrier.name = name;
         barrier.site = site;
         barrier.expected = threads;
-    } else if (barrier.expected != threads || (id == 0 && (barrier.site.line != site.line || strcmp(barrier.name, name)))) {
-        fault("divergent barrier: this thread is at %s %s, others wait at %s %s", name, text(site).c_str(), barrier.name,
-              text(barrier.site).c_str());
+    } else if (barrier.expected != threads ||
+               (id == 0 && (barrier.site.line != site.line || strcmp(barrier.name, name)))) {
+        fault("divergent barrier: this thread is at %s %s, others wait at %s %s", name, text(site).c_str(),
+              barrier.name, text(barrier.site).c_str());
     }
     barrier.waiting.push_back(m.self);
     if (int(barrier.waiting.size()) < barrier.expected) {
@@ -682,7 +680,8 @@ void copy_async_commit() { ++m.fiber->group; }
 void copy_async_wait(int newest_allowed) {
     auto& copies = m.fiber->copies;
     size_t landed = 0;
-    while (landed < copies.size() && copies[landed].group + uint64_t(newest_allowed) < m.fiber->group) land(copies[landed++]);
+    while (landed < copies.size() && copies[landed].group + uint64_t(newest_allowed) < m.fiber->group)
+        land(copies[landed++]);
     copies.erase(copies.begin(), copies.begin() + long(landed));
 }
 
@@ -810,26 +809,35 @@ float exp2_flushed(float x) {
 
 // ---- what -fsanitize=thread calls before every load and store -----------------------------------------------------
 
-using emulator::access;
+namespace {
 using emulator::Kind;
-#define WHERE emulator::Where(static_cast<char*>(__builtin_return_address(0)) - 1)
-static void aligned_access(void* address, size_t size, Kind kind, emulator::Where where) {
-    if (reinterpret_cast<uintptr_t>(address) % size && emulator::m.fiber)
+void instrumented(void* address, size_t size, bool aligned, Kind kind, void* return_address) {
+    if (!emulator::m.fiber) return;
+    emulator::Where where(static_cast<char*>(return_address) - 1);
+    emulator::m.last = where;
+    if (aligned && reinterpret_cast<uintptr_t>(address) % size)
         emulator::fault("misaligned access of %zu bytes at %s", size, emulator::text(where).c_str());
-    access(address, size, kind, where);
+    emulator::access(address, size, kind, where);
 }
-#define SIZED(size)                                                                                                   \
-    extern "C" void __tsan_read##size(void* p) { aligned_access(p, size, Kind::read, WHERE); }                        \
-    extern "C" void __tsan_write##size(void* p) { aligned_access(p, size, Kind::write, WHERE); }                      \
-    extern "C" void __tsan_unaligned_read##size(void* p) { access(p, size, Kind::read, WHERE); }                      \
-    extern "C" void __tsan_unaligned_write##size(void* p) { access(p, size, Kind::write, WHERE); }
-SIZED(1)
-SIZED(2)
-SIZED(4)
-SIZED(8)
-SIZED(16)
-extern "C" void __tsan_read_range(void* p, size_t size) { access(p, size, Kind::read, WHERE); }
-extern "C" void __tsan_write_range(void* p, size_t size) { access(p, size, Kind::write, WHERE); }
+}  // namespace
+
+#define HOOK(name, kind, aligned, size) \
+    extern "C" void __tsan_##name(void* p) { instrumented(p, size, aligned, Kind::kind, __builtin_return_address(0)); }
+#define HOOKS(size)                                                                    \
+    HOOK(read##size, read, true, size)                                                 \
+    HOOK(write##size, write, true, size) HOOK(unaligned_read##size, read, false, size) \
+        HOOK(unaligned_write##size, write, false, size)
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+extern "C" void __tsan_read_range(void* p, size_t size) {
+    instrumented(p, size, false, Kind::read, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* p, size_t size) {
+    instrumented(p, size, false, Kind::write, __builtin_return_address(0));
+}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_init() {}

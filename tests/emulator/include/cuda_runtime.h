@@ -31,11 +31,11 @@ struct dim3 {
 extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
-#define EMULATOR_VECTOR(type, element)                                                                                \
-    struct alignas(2 * sizeof(element)) type##2 { element x, y; };                                                    \
-    struct type##3 { element x, y, z; };                                                                              \
-    struct alignas(sizeof(element) < 4 ? 4 * sizeof(element) : 16) type##4 { element x, y, z, w; };                   \
-    inline type##2 make_##type##2(element x, element y) { return {x, y}; }                                            \
+#define EMULATOR_VECTOR(type, element)                                                              \
+    struct alignas(2 * sizeof(element)) type##2 { element x, y; };                                  \
+    struct type##3 { element x, y, z; };                                                            \
+    struct alignas(sizeof(element) < 4 ? 4 * sizeof(element) : 16) type##4 { element x, y, z, w; }; \
+    inline type##2 make_##type##2(element x, element y) { return {x, y}; }                          \
     inline type##4 make_##type##4(element x, element y, element z, element w) { return {x, y, z, w}; }
 EMULATOR_VECTOR(float, float)
 EMULATOR_VECTOR(int, int)
@@ -44,8 +44,12 @@ EMULATOR_VECTOR(ushort, unsigned short)
 EMULATOR_VECTOR(char, signed char)
 EMULATOR_VECTOR(uchar, unsigned char)
 #undef EMULATOR_VECTOR
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -79,8 +83,12 @@ inline void __syncthreads(emulator::Site site = EMULATOR_CALLER) {
     emulator::block_barrier("__syncthreads", 0, emulator::block_threads(), site);
 }
 inline int __syncthreads_count(int p, emulator::Site site = EMULATOR_CALLER) { return emulator::block_count(p, site); }
-inline int __syncthreads_or(int p, emulator::Site site = EMULATOR_CALLER) { return emulator::block_count(p, site) != 0; }
-inline int __syncthreads_and(int p, emulator::Site site = EMULATOR_CALLER) { return emulator::block_count(!p, site) == 0; }
+inline int __syncthreads_or(int p, emulator::Site site = EMULATOR_CALLER) {
+    return emulator::block_count(p, site) != 0;
+}
+inline int __syncthreads_and(int p, emulator::Site site = EMULATOR_CALLER) {
+    return emulator::block_count(!p, site) == 0;
+}
 
 inline void emulator_full_mask(unsigned mask) {
     if (mask != 0xffffffffu) emulator::fault("a warp mask other than 0xffffffff (0x%x) is not emulated", mask);
@@ -89,7 +97,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = EMULAT
     emulator_full_mask(mask);
     emulator::warp_barrier(site);
 }
-template <class T> inline T emulator_shuffle(const char* name, unsigned mask, T value, int source, emulator::Site site) {
+template <class T>
+inline T emulator_shuffle(const char* name, unsigned mask, T value, int source, emulator::Site site) {
     static_assert(sizeof(T) <= 8);
     emulator_full_mask(mask);
     uint64_t bits = 0;
@@ -113,10 +122,11 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, 
     int self = emulator::lane(), inside = self & (width - 1);
     return emulator_shuffle("__shfl_up_sync", mask, value, inside < int(delta) ? self : self - int(delta), site);
 }
-template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, emulator::Site site = EMULATOR_CALLER) {
+template <class T> inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                             emulator::Site site = EMULATOR_CALLER) {
     int self = emulator::lane(), inside = self & (width - 1);
-    return emulator_shuffle("__shfl_down_sync", mask, value, inside + int(delta) >= width ? self : self + int(delta), site);
+    return emulator_shuffle("__shfl_down_sync", mask, value, inside + int(delta) >= width ? self : self + int(delta),
+                            site);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = EMULATOR_CALLER) {
     emulator_full_mask(mask);
@@ -130,20 +140,36 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Site site = EMULAT
 }
 
 // Threads run one at a time, so a plain update is atomic.
-template <class T> inline T atomicAdd(T* p, T x) { T old = *p; *p = old + x; return old; }
-template <class T> inline T atomicMax(T* p, T x) { T old = *p; *p = old < x ? x : old; return old; }
+template <class T> inline T atomicAdd(T* p, T x) {
+    T old = *p;
+    *p = old + x;
+    return old;
+}
+template <class T> inline T atomicMax(T* p, T x) {
+    T old = *p;
+    *p = old < x ? x : old;
+    return old;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 // ---- runtime ------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = emulator::fault_status };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorLaunchFailure = emulator::fault_status
+};
 inline const char* cudaGetErrorString(cudaError_t status) {
     switch (status) {
-        case cudaSuccess: return "no error";
-        case cudaErrorLaunchFailure: return emulator::fault_message();
-        default: return "invalid argument";
+        case cudaSuccess:
+            return "no error";
+        case cudaErrorLaunchFailure:
+            return emulator::fault_message();
+        default:
+            return "invalid argument";
     }
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -10,7 +10,8 @@ struct Site {
     const char* file;
     int line;
 };
-#define EMULATOR_CALLER ::emulator::Site { __builtin_FILE(), __builtin_LINE() }
+constexpr Site caller(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+#define EMULATOR_CALLER ::emulator::caller()
 
 // ---- host ---------------------------------------------------------------------------------------------------------
 

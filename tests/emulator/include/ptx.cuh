@@ -73,8 +73,8 @@ inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row, emulato
     emulator::load_matrix_x4(r, row, true, site);
 }
 
-template <class T>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emulator::Site site = EMULATOR_CALLER);
+template <class T> void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                     emulator::Site site = EMULATOR_CALLER);
 template <>
 inline void mma_m16n8k16<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emulator::Site site) {
     emulator::mma_bf16(c, a, b0, b1, site);
@@ -83,7 +83,8 @@ template <>
 inline void mma_m16n8k16<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emulator::Site site) {
     emulator::mma_f16(c, a, b0, b1, site);
 }
-inline void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], float b0, float b1, emulator::Site site = EMULATOR_CALLER) {
+inline void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], float b0, float b1,
+                             emulator::Site site = EMULATOR_CALLER) {
     emulator::mma_tf32(c, a, b0, b1, site);
 }
 
