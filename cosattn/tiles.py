@@ -24,6 +24,8 @@ class ForwardTiles:
     blocks_per_sm: int
     """Thread blocks the register allocation leaves room for."""
     q_in_registers: bool
+    overlap: bool = True
+    """Logits of the next chunk are computed with the exponentials of this one; it takes their registers twice."""
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
@@ -48,37 +50,41 @@ def forward_tiles(spec: KernelSpec) -> ForwardTiles:
 
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
-    online = spec.softmax == "online"
+    online, bias = spec.softmax == "online", spec.bias is not None
+    plain = not (online or bias or spec.mask)
     if spec.dtype == "float32":
         if widest <= 64:
-            return [
-                ForwardTiles(128, 64, 32, 8, 2, 1, False),
-                ForwardTiles(64, 32, 32, 4, 2, 1, False),
-            ]
+            return [ForwardTiles(128, 32, 16, 4, 2, 2, False, overlap=False)]
         if widest <= 128:
             return [
                 ForwardTiles(128, 32, 32, 8, 2, 1, False),
                 ForwardTiles(64, 16, 16, 4, 2, 1, False),
             ]
         return [
+            ForwardTiles(128, 16, 16, 8, 2, 1, False),
             ForwardTiles(64, 32, 32, 4, 2, 1, False),
             ForwardTiles(32, 16, 16, 2, 2, 1, False),
         ]
+    if widest <= 32 and bias:
+        return [ForwardTiles(64, 64, 64, 4, 2, 4, True)]  # windows: few queries a head
     if widest <= 64:
+        if bias:
+            return [ForwardTiles(128, 64, 32, 4, 2, 2, True, overlap=False)]
         return [ForwardTiles(128, 64, 64 if online else 16, 4, 2, 2, True)]
     if widest <= 128:
-        chunk = 32 if online else 16
+        chunk = 16 if bias or (online and spec.mask) else 32
         return [
-            ForwardTiles(128, 64, chunk, 4, 2, 2 if limit_of(spec) > 200_000 else 1, True),
-            ForwardTiles(128, 32, chunk, 4, 2, 1, True),
-            ForwardTiles(64, 32, chunk, 4, 2, 1, True),
+            ForwardTiles(128, 64, chunk, 4, 2, 2, False, overlap=plain),
+            ForwardTiles(128, 32, chunk, 4, 2, 2, False, overlap=plain),
         ]
-    chunk = 32 if online else 16
-    return [
-        ForwardTiles(128, 64, chunk, 8, 2, 1, False),
-        ForwardTiles(64, 32, chunk, 4, 2, 1, False),
+    wide = [
+        ForwardTiles(128, 64, 32, 8, 2, 1, False),
+        ForwardTiles(64, 32, 32, 4, 2, 1, False),
         ForwardTiles(64, 16, 16, 4, 2, 1, False),
     ]
+    if plain and widest <= 192 and limit_of(spec) > 200_000:
+        wide.insert(0, ForwardTiles(128, 32, 16, 4, 2, 2, False, overlap=widest <= 160))
+    return wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,7 @@ def query_tiles(spec: KernelSpec) -> QueryTiles:
 def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     biased = spec.bias is not None
+    plain = not (biased or spec.mask or spec.deterministic)
     if spec.dtype == "float32":
         if widest <= 64:
             return [
@@ -175,8 +182,8 @@ def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
         ]
     if widest <= 64:
         return [
-            BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, not biased, biased),
-            BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, not biased, biased),
+            BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, plain, biased),
+            BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, plain, biased),
             BackwardTiles(64, 64, 16, 2, 1, 2, 1, 1, True, False),
         ]
     if widest <= 128:

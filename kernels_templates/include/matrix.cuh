@@ -29,27 +29,20 @@ __device__ __forceinline__ int warp_id() { return int(threadIdx.x) / 32; }
 template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
 __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_t row_stride, int rows_valid) {
     constexpr int VECTOR = 16 / int(sizeof(T));
-    constexpr int PER_ROW = pad16(COLUMNS) / VECTOR;
-    if constexpr (THREADS % PER_ROW == 0) {
-        constexpr int ROWS_PER_PASS = THREADS / PER_ROW;
-        const int column = int(threadIdx.x) % PER_ROW * VECTOR;
-        int row = int(threadIdx.x) / PER_ROW;
-        const T* source = global + row * row_stride + column;
-        T* target = tile + row * PITCH + column;
+    constexpr int PER_ROW = pad16(COLUMNS) / VECTOR, ROWS_PER_PASS = THREADS / PER_ROW;
+    constexpr int PASSES = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
+    const int column = int(threadIdx.x) % PER_ROW * VECTOR;
+    int row = int(threadIdx.x) / PER_ROW;
+    if (THREADS % PER_ROW != 0 && row == ROWS_PER_PASS) return;  // threads left over
+    const T* source = global + row * row_stride + column;
+    T* target = tile + row * PITCH + column;
 #pragma unroll
-        for (int pass = 0; pass < (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS; ++pass) {
-            if (ROWS % ROWS_PER_PASS == 0 || row < ROWS)
-                copy_async16(target, source, row < rows_valid && column < COLUMNS);
-            row += ROWS_PER_PASS;
-            source += ROWS_PER_PASS * row_stride;
-            target += ROWS_PER_PASS * PITCH;
-        }
-    } else {
-        for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
-            const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
-            copy_async16(tile + row * PITCH + column, global + row * row_stride + column,
-                         row < rows_valid && column < COLUMNS);
-        }
+    for (int pass = 0; pass < PASSES; ++pass) {
+        if (ROWS % ROWS_PER_PASS == 0 || row < ROWS)
+            copy_async16(target, source, row < rows_valid && column < COLUMNS);
+        row += ROWS_PER_PASS;
+        source += ROWS_PER_PASS * row_stride;
+        target += ROWS_PER_PASS * PITCH;
     }
 }
 
