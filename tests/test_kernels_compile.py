@@ -1,0 +1,132 @@
+"""Rendered kernels through nvcc to machine code, without a GPU: spills, and the instructions that make speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from emulator.check import Problem, specs
+from sass import Cubin, compile_source, compile_spec, nvdisasm
+
+from cosattn import toolchain
+from cosattn.arch import ARCHS
+from cosattn.errors import ToolchainError
+from cosattn.spec import KernelSpec
+
+PROBLEMS = [
+    *(
+        Problem(dtype=dtype, d=64, arch=arch)
+        for dtype in ("bfloat16", "float16", "float32")
+        for arch in ("sm80", "sm90")
+    ),
+    *(Problem(dtype=dtype, d=128, arch="sm90", causal=True) for dtype in ("bfloat16", "float16", "float32")),
+    *(Problem(dtype=dtype, d=256, arch="sm89") for dtype in ("bfloat16", "float32")),
+    Problem(d=128, arch="sm80"),
+    Problem(d=8, arch="sm89", causal=True),
+    Problem(d=40, dv=24, arch="sm80", groups=5),
+    Problem(d=192, dv=128, arch="sm90", causal=True),
+    Problem(d=64, arch="sm90", mask=True),
+    Problem(d=32, arch="sm90", bias="bfloat16", mask=True),
+    Problem(dtype="float16", d=64, arch="sm89", bias="float16", causal=True),
+    Problem(dtype="float32", d=32, arch="sm80", bias="float32"),
+    Problem(d=64, arch="sm80", softmax="online", causal=True, mask=True),
+    Problem(d=128, arch="sm90", deterministic=True, causal=True),
+    Problem(dtype="float32", d=64, arch="sm89", deterministic=True, mask=True),
+    Problem(dtype="float16", d=64, arch="sm80", deterministic=True, bias="float32"),
+]
+SPECS = list(dict.fromkeys(spec for problem in PROBLEMS for spec in specs(problem)))
+MAIN = {"forward": ["forward"], "backward": ["backward_keys"]}
+HMMA = {"bfloat16": "HMMA.16816.F32.BF16", "float16": "HMMA.16816.F32", "float32": "HMMA.1688.F32.TF32"}
+
+
+# Bytes of spill stores and loads. The kernels use all 255 registers, so some spill a few around the inner loop.
+FEW_REGISTERS = 320
+WIDE_FLOAT32 = 2560  # head dims above 128: the sums alone fill the registers
+
+
+def spill_limit(spec: KernelSpec) -> int:
+    """Nothing for the shapes that benchmarks are about."""
+    widest = max(spec.head_dim, spec.value_dim)
+    if spec.dtype == "float32":
+        return WIDE_FLOAT32 if widest > 128 else FEW_REGISTERS
+    plain = spec.softmax == "bounded" and not spec.mask and spec.bias is None
+    return 0 if plain and (widest <= 64 or (spec.arch == "sm90" and spec.direction == "forward")) else FEW_REGISTERS
+
+
+def _missing_toolchain() -> str:
+    try:
+        toolchain.find(ARCHS["sm80"], torch.version.cuda)
+    except ToolchainError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(_missing_toolchain()), reason=f"no CUDA compiler: {_missing_toolchain()}")
+
+
+@pytest.fixture(scope="module", params=SPECS, ids=[spec.name for spec in SPECS])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[KernelSpec, Cubin]:
+    return request.param, compile_spec(request.param, tmp_path_factory.mktemp("cubin"))
+
+
+def test_registers_and_stack(compiled: tuple[KernelSpec, Cubin]) -> None:
+    spec, cubin = compiled
+    assert set(MAIN[spec.direction]) <= set(cubin.kernels)
+    for name, kernel in cubin.kernels.items():
+        assert 0 < kernel.registers <= 255, name
+        limit = 0 if name.startswith(("prepare", "finish")) else spill_limit(spec)
+        assert kernel.spilled <= limit, f"{name} moves {kernel.spilled} bytes through its stack, {limit} are allowed"
+    slow = [line for line in cubin.warnings if "C75" in line]
+    assert not slow, "\n".join(slow)
+
+
+@pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm: pip install nvidia-cuda-nvdisasm")
+def test_instructions(compiled: tuple[KernelSpec, Cubin]) -> None:
+    spec, cubin = compiled
+    for name in MAIN[spec.direction]:
+        kernel = cubin.kernels[name]
+        assert kernel.instructions[HMMA[spec.dtype]] > 0, "products run on tensor cores"
+        assert kernel.count("LDGSTS") > 0, "tiles are copied asynchronously"
+        if spec.dtype != "float32":
+            assert kernel.count("LDSM") > 0, "fragments are loaded as matrices"
+    for name, kernel in cubin.kernels.items():
+        assert kernel.instructions, name
+        atomics = sum(kernel.count(opcode) for opcode in ("RED", "REDG", "ATOM", "ATOMG"))
+        adds = spec.direction == "backward" and not spec.deterministic and name in MAIN["backward"]
+        assert (atomics > 0) == adds, f"{name} has {atomics} atomic instructions"
+
+
+def test_vector_reductions_where_the_architecture_has_them(tmp_path: Path) -> None:
+    for arch, opcode in (("sm89", "RED.E.ADD.F32.FTZ.RN.STRONG.GPU"), ("sm90", "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU")):
+        _, backward = specs(Problem(d=32, arch=arch))
+        cubin = compile_spec(backward, tmp_path)
+        if nvdisasm() is not None:
+            assert cubin.kernels["backward_keys"].instructions[opcode] > 0
+
+
+def test_spills_are_found(tmp_path: Path) -> None:
+    """So the tests above can fail."""
+    source = tmp_path / "kernel.cu"
+    source.write_text(
+        """
+        __global__ void __launch_bounds__(1024, 2) hungry(float* p) {
+            float x[64];
+        #pragma unroll
+            for (int i = 0; i < 64; ++i) x[i] = p[i * 1024 + threadIdx.x];
+        #pragma unroll
+            for (int round = 0; round < 3; ++round)
+        #pragma unroll
+                for (int i = 0; i < 64; ++i) x[i] = x[i] * x[(i * 7 + 1) % 64] + x[(i + 13) % 64];
+        #pragma unroll
+            for (int i = 0; i < 64; ++i) p[i * 1024 + threadIdx.x] = x[i];
+        }
+        """
+    )
+    cubin = compile_source(source, ARCHS["sm80"])
+    kernel = cubin.kernels["hungry"]
+    assert kernel.spilled > 0
+    assert kernel.stack > 0
+    assert any("spilled" in warning for warning in cubin.warnings)
+    if nvdisasm() is not None:
+        assert kernel.count("LDL") > 0
