@@ -65,11 +65,9 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
             ForwardTiles(64, 32, 32, 4, 2, 1, False),
             ForwardTiles(32, 16, 16, 2, 2, 1, False),
         ]
-    if widest <= 32 and bias:
-        return [ForwardTiles(64, 64, 64, 4, 2, 4, True)]  # windows: few queries a head
+    if widest <= 64 and bias:
+        return [ForwardTiles(64, 64, 64, 4, 2, 4 if widest <= 32 else 3, True)]  # windows: few queries a head
     if widest <= 64:
-        if bias:
-            return [ForwardTiles(128, 64, 32, 4, 2, 2, True, overlap=False)]
         return [ForwardTiles(128, 64, 64 if online else 16, 4, 2, 2, True)]
     if widest <= 128:
         chunk = 16 if bias or (online and spec.mask) else 32
