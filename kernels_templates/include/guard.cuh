@@ -4,8 +4,7 @@
 // rest only when something is broken.
 #pragma once
 #include "matrix.cuh"
-
-__device__ __forceinline__ bool is_broken(float x) { return (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u; }
+#include "norm.cuh"
 
 template <class T> constexpr uint32_t EXPONENT = 0x7f80u;
 template <> constexpr uint32_t EXPONENT<f16> = 0x7c00u;
@@ -39,7 +38,7 @@ template <class T> __device__ __forceinline__ void clear_broken(FragmentB<T>& b)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(T) == 4) {
-            if (is_broken(b.hi[i])) b.hi[i] = b.lo[i] = 0.f;
+            if (!is_finite(b.hi[i])) b.hi[i] = b.lo[i] = 0.f;
         } else {
             if ((b.r[i] & EXPONENT<T>) == EXPONENT<T>) b.r[i] &= 0xffff0000u;
             if ((b.r[i] >> 16 & EXPONENT<T>) == EXPONENT<T>) b.r[i] &= 0x0000ffffu;
@@ -51,7 +50,7 @@ template <class T> __device__ __forceinline__ void mark_broken(FragmentB<T>& b) 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(T) == 4)
-            b.hi[i] = is_broken(b.hi[i]) ? 1.f : 0.f, b.lo[i] = 0.f;
+            b.hi[i] = is_finite(b.hi[i]) ? 0.f : 1.f, b.lo[i] = 0.f;
         else
             b.r[i] = pack2<T>((b.r[i] & EXPONENT<T>) == EXPONENT<T> ? 1.f : 0.f,
                               (b.r[i] >> 16 & EXPONENT<T>) == EXPONENT<T> ? 1.f : 0.f);

@@ -10,12 +10,30 @@ struct Launch {
     bool overlap;  // programmatic dependent launch: the kernel calls wait_for_previous_kernel() itself
 };
 
+// Shared memory above 48 KB has to be allowed, once for a kernel and device. Asking each time costs a microsecond.
+inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+    struct Allowed {
+        const void* kernel;
+        int device;
+    };
+    constexpr int CAPACITY = 64;
+    static thread_local Allowed allowed[CAPACITY];
+    static thread_local int count = 0;
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    for (int i = 0; i < count; ++i)
+        if (allowed[i].kernel == kernel && allowed[i].device == device) return cudaSuccess;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status == cudaSuccess && count < CAPACITY) allowed[count++] = Allowed{kernel, device};
+    return status;
+}
+
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
     if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return cudaSuccess;
     if (how.shared_bytes > 48 * 1024) {
-        cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+        const cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(kernel), how.shared_bytes);
         if (status != cudaSuccess) return status;
     }
     cudaLaunchAttribute attribute{};

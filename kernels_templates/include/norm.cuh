@@ -80,12 +80,25 @@ __device__ __forceinline__ float normalize_backward(float (&g)[8], const float (
     return sum_lanes<row_lanes(D)>(total);
 }
 
-// Rows of a tile in shared memory, in place: x <- factor * x_hat (NORMALIZE), or factor * x; rows that keep(row) does not
-// want become zeros.
+__device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// x <- factor * x_hat (NORMALIZE), or factor * x, for eight columns of a row. FINITE: what is not becomes zero.
+template <int D, int GROUPS, bool NORMALIZE, bool FINITE>
+__device__ __forceinline__ void normalize8(float (&x)[8], float factor, int lane_in_row) {
+    float inverse[8];
+    if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane_in_row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        x[i] *= NORMALIZE ? inverse[i] * factor : factor;
+        if (FINITE && !is_finite(x[i])) x[i] = 0.f;
+    }
+}
+
+// Rows of a tile in shared memory, in place; rows that keep(row) does not want become zeros.
 struct KeepAll {
     __device__ __forceinline__ bool operator()(int) const { return true; }
 };
-template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, class T, class Keep = KeepAll>
+template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T, class Keep = KeepAll>
 __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep = Keep()) {
     constexpr int LANES = row_lanes(D);
     constexpr int ROWS_PER_PASS = THREADS / LANES;
@@ -95,21 +108,19 @@ __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep 
     for (int first = 0; first < ROWS; first += ROWS_PER_PASS) {
         const int row = first + int(threadIdx.x) / LANES;
         const bool inside = holds_columns && (ROWS % ROWS_PER_PASS == 0 || row < ROWS);
-        float x[8] = {}, inverse[8];
+        float x[8] = {};
         if (inside && keep(row)) load8(x, tile + row * PITCH + lane * 8);
-        if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] *= NORMALIZE ? inverse[i] * factor : factor;
+        normalize8<D, GROUPS, NORMALIZE, FINITE>(x, factor, lane);
         if (inside) store8(tile + row * PITCH + lane * 8, x);
     }
 }
 
-// Rows of a (batch, heads, length, D) tensor into contiguous rows: factor * x_hat (NORMALIZE), or factor * x. `mask` (may be null): rows of keys
-// that nobody may attend become zeros, so that nothing they hold is ever multiplied.
+// Rows of a (batch, heads, length, D) tensor into contiguous rows: x_hat (NORMALIZE) or x, zeros for what is not finite.
+// `mask` (may be null): rows of keys that nobody may attend become zeros.
 template <int D, int GROUPS, bool NORMALIZE, int THREADS, class T>
 __device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stride, int64_t rows, int heads, int length,
-                                               float factor, const float* head_factor, const unsigned char* mask,
-                                               int64_t mask_b, int64_t mask_s, int64_t block) {
+                                               const unsigned char* mask, int64_t mask_b, int64_t mask_s,
+                                               int64_t block) {
     constexpr int LANES = row_lanes(D);
     constexpr int ROWS_PER_BLOCK = THREADS / LANES;
     const int lane = int(threadIdx.x) % LANES;
@@ -118,16 +129,11 @@ __device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stri
     const int64_t b = row / (int64_t(heads) * length);
     const int h = int(row / length % heads);
     const int s = int(row % length);
-    float x[8] = {}, inverse[8];
+    float x[8] = {};
     if (inside && (mask == nullptr || mask[b * mask_b + s * mask_s]))
         load8(x, from + b * stride.b + h * stride.h + s * stride.s + lane * 8);
-    if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane);
-    if (inside) {
-        if (head_factor != nullptr) factor *= head_factor[h];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] *= NORMALIZE ? inverse[i] * factor : factor;
-        store8(to + row * D + lane * 8, x);
-    }
+    normalize8<D, GROUPS, NORMALIZE, true>(x, 1.f, lane);
+    if (inside) store8(to + row * D + lane * 8, x);
 }
 
 // ROWS rows of one head, from row `first` on: store(row, column, x) gets eight columns of x_hat (NORMALIZE) or x at a
