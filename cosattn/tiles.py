@@ -66,15 +66,16 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
             ForwardTiles(32, 16, 16, 2, 2, 1, False),
         ]
     if widest <= 64 and bias:
-        return [ForwardTiles(64, 64, 64, 4, 2, 4 if widest <= 32 else 3, True)]  # windows: few queries a head
+        blocks = (3 if spec.mask else 4) if widest <= 32 else (2 if spec.mask else 3)
+        return [ForwardTiles(64, 64, 64, 4, 2, blocks, True)]  # windows: few queries a head
     if widest <= 64:
         return [ForwardTiles(128, 64, 64 if online else 16, 4, 2, 2, True)]
     if widest <= 128:
         chunk = 16 if bias or (online and spec.mask) else 32
-        return [
-            ForwardTiles(128, 64, chunk, 4, 2, 2, False, overlap=plain),
-            ForwardTiles(128, 32, chunk, 4, 2, 2, False, overlap=plain),
-        ]
+        narrow = ForwardTiles(128, 32, chunk, 4, 2, 2, False, overlap=False)
+        if limit_of(spec) > 200_000:  # room for two blocks
+            return [ForwardTiles(128, 64, chunk, 4, 2, 2, False, overlap=plain), narrow]
+        return [narrow]
     wide = [
         ForwardTiles(128, 64, 32, 8, 2, 1, False),
         ForwardTiles(64, 32, 32, 4, 2, 1, False),
@@ -125,7 +126,7 @@ class BackwardTiles:
         exchanged = self.ds_tiles(spec) + (1 if self.splits > 1 else 0)
         ds = exchanged * self.block_n * (_pad16(self.block_m) + (4 if size == 4 else 8))
         tiles = size * (self.block_n * pitches + self.stages * self.block_m * pitches + ds)
-        return max(tiles + self.stages * 2 * self.block_m * 4, 4 * self.block_n * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 8))
+        return max(tiles + self.stages * 2 * self.block_m * 4, 4 * self.block_n * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 16))
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:

@@ -1,8 +1,8 @@
 // Floats as two f16 parts, x = (hi + lo) / SPLIT_SCALE, for rows whose norm is about 1.
 //
 // A product of two such numbers is hi_a hi_b + (hi_a lo_b + lo_a hi_b): three f16 products, which cost half of what
-// three TF32 products do, and the parts lie in shared memory ready for use. They keep 22 bits of x; SPLIT_SCALE keeps lo
-// of small numbers above the smallest step of f16, and leaves room for |x| up to 4000.
+// three TF32 products do, and the parts lie in shared memory ready for use. They keep 22 bits of x; SPLIT_SCALE keeps
+// lo of small numbers above the smallest step of f16, and leaves room for |x| up to 4000.
 #pragma once
 #include "matrix.cuh"
 #include "norm.cuh"
