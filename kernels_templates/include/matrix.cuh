@@ -29,7 +29,16 @@ __device__ __forceinline__ int warp_id() { return int(threadIdx.x) / 32; }
 template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
 __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_t row_stride, int rows_valid) {
     constexpr int VECTOR = 16 / int(sizeof(T));
-    constexpr int PER_ROW = pad16(COLUMNS) / VECTOR, ROWS_PER_PASS = THREADS / PER_ROW;
+    constexpr int PER_ROW = pad16(COLUMNS) / VECTOR;
+    if constexpr (THREADS < PER_ROW) {  // a row is wider than the block
+        for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
+            const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
+            copy_async16(tile + row * PITCH + column, global + row * row_stride + column,
+                         row < rows_valid && column < COLUMNS);
+        }
+        return;
+    }
+    constexpr int ROWS_PER_PASS = THREADS < PER_ROW ? 1 : THREADS / PER_ROW;
     constexpr int PASSES = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
     const int column = int(threadIdx.x) % PER_ROW * VECTOR;
     int row = int(threadIdx.x) / PER_ROW;
@@ -43,6 +52,16 @@ __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_
         row += ROWS_PER_PASS;
         source += ROWS_PER_PASS * row_stride;
         target += ROWS_PER_PASS * PITCH;
+    }
+}
+
+// Rows of a tile that keep(row) does not want become zeros.
+template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T, class Keep>
+__device__ __forceinline__ void clear_rows(T* tile, Keep keep) {
+    constexpr int VECTOR = 16 / int(sizeof(T)), PER_ROW = COLUMNS / VECTOR;
+    for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
+        const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
+        if (!keep(row)) *reinterpret_cast<uint4*>(tile + row * PITCH + column) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -269,6 +288,29 @@ __device__ __forceinline__ void store8(float* to, const float (&x)[8]) {
 template <class T> __device__ __forceinline__ void store8(T* to, const float (&x)[8]) {
     *reinterpret_cast<uint4*>(to) = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
                                                pack2<T>(x[6], x[7]));
+}
+// As they are in memory, to hold on to.
+template <class T> struct Packed8 {
+    uint4 words[sizeof(T) / 2];
+};
+template <class T> __device__ __forceinline__ void load_packed8(Packed8<T>& x, const T* from) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T)) / 2; ++i) x.words[i] = reinterpret_cast<const uint4*>(from)[i];
+}
+template <class T> __device__ __forceinline__ void unpack8(float (&x)[8], const Packed8<T>& from) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T)) / 2; ++i) {
+        const uint32_t words[4] = {from.words[i].x, from.words[i].y, from.words[i].z, from.words[i].w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            if constexpr (sizeof(T) == 4) {
+                x[4 * i + w] = __uint_as_float(words[w]);
+            } else {
+                const float2 pair = unpack2<T>(words[w]);
+                x[2 * w] = pair.x, x[2 * w + 1] = pair.y;
+            }
+        }
+    }
 }
 // Two neighbours.
 __device__ __forceinline__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
