@@ -37,7 +37,11 @@ FEATURES = [
     Problem(d=64, sq=65, sk=129, causal=True, arch="sm90"),
     Problem(d=96, arch="sm89", deterministic=True),
 ]
-LARGE = [Problem(d=256, sq=40, batch=1), Problem(d=192, dv=64, sq=70, causal=True, batch=1, deterministic=True)]
+LARGE = [
+    Problem(d=256, sq=40, batch=1, arch="sm89"),
+    Problem(d=8, dv=256, sq=40, batch=1, causal=True),
+    Problem(d=192, dv=64, sq=70, causal=True, batch=1, deterministic=True),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
