@@ -61,6 +61,7 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
                 ForwardTiles(64, 16, 16, 4, 2, 1, False),
             ]
         return [
+            *([ForwardTiles(128, 32, 16, 8, 2, 1, False, overlap=False)] if widest <= 160 else []),
             ForwardTiles(128, 16, 16, 8, 2, 1, False),
             ForwardTiles(64, 32, 32, 4, 2, 1, False),
             ForwardTiles(32, 16, 16, 2, 2, 1, False),
