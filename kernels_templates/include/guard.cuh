@@ -33,6 +33,24 @@ template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T> __device__ __f
     return broken;
 }
 
+// A tile without its broken elements; row(r) is called where there were some.
+template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T, class Row>
+__device__ __forceinline__ void clear_broken_rows(T* tile, Row row) {
+    constexpr int PER_ROW = COLUMNS / 8;
+    for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
+        T* const at = tile + i / PER_ROW * PITCH + i % PER_ROW * 8;
+        float x[8];
+        load8(x, at);
+        bool broken = false;
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+            if (!is_finite(x[e])) x[e] = 0.f, broken = true;
+        if (!broken) continue;
+        store8(at, x);
+        row(i / PER_ROW);
+    }
+}
+
 // B without its broken elements ...
 template <class T> __device__ __forceinline__ void clear_broken(FragmentB<T>& b) {
 #pragma unroll

@@ -100,18 +100,25 @@ struct KeepAll {
 };
 template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T, class Keep = KeepAll>
 __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep = Keep()) {
-    constexpr int LANES = row_lanes(D);
-    constexpr int ROWS_PER_PASS = THREADS / LANES;
+    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, PASSES = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
+    constexpr int BATCH = PASSES % 4 == 0 ? 4 : 1;  // rows of a lane that are under way together
     const int lane = int(threadIdx.x) % LANES;
-    const bool holds_columns = lane * 8 < D;
-#pragma unroll 4
-    for (int first = 0; first < ROWS; first += ROWS_PER_PASS) {
-        const int row = first + int(threadIdx.x) / LANES;
-        const bool inside = holds_columns && (ROWS % ROWS_PER_PASS == 0 || row < ROWS);
-        float x[8] = {};
-        if (inside && keep(row)) load8(x, tile + row * PITCH + lane * 8);
-        normalize8<D, GROUPS, NORMALIZE, FINITE>(x, factor, lane);
-        if (inside) store8(tile + row * PITCH + lane * 8, x);
+    for (int pass = 0; pass < PASSES; pass += BATCH) {
+        const int first = pass * ROWS_PER_PASS + int(threadIdx.x) / LANES;
+        const auto inside = [&](int i) {
+            return lane * 8 < D && (ROWS % ROWS_PER_PASS == 0 || first + i * ROWS_PER_PASS < ROWS);
+        };
+        float x[BATCH][8] = {};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int row = first + i * ROWS_PER_PASS;
+            if (inside(i) && keep(row)) load8(x[i], tile + row * PITCH + lane * 8);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) normalize8<D, GROUPS, NORMALIZE, FINITE>(x[i], factor, lane);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (inside(i)) store8(tile + (first + i * ROWS_PER_PASS) * PITCH + lane * 8, x[i]);
     }
 }
 
