@@ -72,7 +72,7 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     if widest <= 64:
         return [ForwardTiles(128, 64, 64 if online else 16, 4, 2, 2, True)]
     if widest <= 128:
-        chunk = 16 if bias or (online and spec.mask) else 32
+        chunk = 16 if bias or (spec.mask and (online or spec.causal)) else 32
         narrow = ForwardTiles(128, 32, chunk, 4, 2, 2, False, overlap=False)
         if limit_of(spec) > 200_000:  # room for two blocks
             return [ForwardTiles(128, 64, chunk, 4, 2, 2, False, overlap=plain), narrow]
