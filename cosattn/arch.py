@@ -1,4 +1,4 @@
-"""GPU architectures: one row each. A new GPU is a new row (and a template family only if it brings new instructions)."""
+"""GPU architectures: one row each. A new GPU is a new row, and a template family only if it brings new instructions."""
 
 from __future__ import annotations
 

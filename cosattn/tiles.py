@@ -127,7 +127,10 @@ class BackwardTiles:
         exchanged = self.ds_tiles(spec) + (1 if self.splits > 1 else 0)
         ds = exchanged * self.block_n * (_pad16(self.block_m) + (4 if size == 4 else 8))
         tiles = size * (self.block_n * pitches + self.stages * self.block_m * pitches + ds)
-        return max(tiles + self.stages * 2 * self.block_m * 4, 4 * self.block_n * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 16))
+        return max(
+            tiles + self.stages * 2 * self.block_m * 4,
+            4 * self.block_n * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 16),
+        )
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:

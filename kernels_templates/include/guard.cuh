@@ -1,6 +1,6 @@
 // NaN and Inf stay where they belong. A product sums over queries or keys, and causal rows do not see all of them: what
-// a row does not see has a zero in A, but 0 * NaN is NaN. So tiles on the diagonal are looked at, and what is not finite
-// is cleared from them; the caller sees to it that rows that see it become NaN all the same.
+// a row does not see has a zero in A, but 0 * NaN is NaN. So tiles on the diagonal are looked at, and what is not
+// finite is cleared from them; the caller sees to it that rows that see it become NaN all the same.
 #pragma once
 #include "matrix.cuh"
 #include "norm.cuh"
@@ -15,16 +15,15 @@ template <class T> __device__ __forceinline__ bool is_broken16(const T* from) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t word = i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-        if constexpr (sizeof(T) == 4)
-            broken = broken || (word & 0x7f800000u) == 0x7f800000u;
-        else
-            broken = broken || (word & EXPONENT<T>) == EXPONENT<T> || (word >> 16 & EXPONENT<T>) == EXPONENT<T>;
+        if constexpr (sizeof(T) == 4) broken = broken || (word & 0x7f800000u) == 0x7f800000u;
+        else broken = broken || (word & EXPONENT<T>) == EXPONENT<T> || (word >> 16 & EXPONENT<T>) == EXPONENT<T>;
     }
     return broken;
 }
 
 // Whether this thread finds anything in its share of a tile that is not finite.
-template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T> __device__ __forceinline__ bool finds_broken(const T* tile) {
+template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
+__device__ __forceinline__ bool finds_broken(const T* tile) {
     constexpr int VECTOR = 16 / int(sizeof(T)), PER_ROW = COLUMNS / VECTOR;
     bool broken = false;
 #pragma unroll 1

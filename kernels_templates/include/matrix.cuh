@@ -47,8 +47,7 @@ __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_
     T* target = tile + row * PITCH + column;
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
-        if (ROWS % ROWS_PER_PASS == 0 || row < ROWS)
-            copy_async16(target, source, row < rows_valid && column < COLUMNS);
+        if (ROWS % ROWS_PER_PASS == 0 || row < ROWS) copy_async16(target, source, row < rows_valid && column < COLUMNS);
         row += ROWS_PER_PASS;
         source += ROWS_PER_PASS * row_stride;
         target += ROWS_PER_PASS * PITCH;
@@ -87,7 +86,7 @@ template <class T> struct FragmentA {
 template <> struct FragmentA<float> {
     float hi[4], lo[4];
     __device__ __forceinline__ void set(int i, float x) {
-        hi[i] = tf32_truncate(x);
+        hi[i] = tf32_nearest(x);
         lo[i] = x - hi[i];
     }
 };
@@ -99,7 +98,7 @@ template <class T> struct FragmentB {
 template <> struct FragmentB<float> {
     float hi[4], lo[4];
     __device__ __forceinline__ void set(int i, float x) {
-        hi[i] = tf32_truncate(x);
+        hi[i] = tf32_nearest(x);
         lo[i] = x - hi[i];
     }
 };
@@ -111,12 +110,17 @@ template <class T> struct Accumulator {
     __device__ __forceinline__ float value(int i) const { return c[i]; }
 };
 template <> struct Accumulator<float> {
-    float c[4], small[4];
+    float c[4], small[4], aside[4];
     __device__ __forceinline__ void fill(int i, float x) {
-        c[i] = x;
+        c[i] = 0.f;
         small[i] = 0.f;
+        aside[i] = x;
     }
-    __device__ __forceinline__ float value(int i) const { return c[i] + small[i]; }
+    __device__ __forceinline__ void put_aside() {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) aside[i] += c[i], c[i] = 0.f;
+    }
+    __device__ __forceinline__ float value(int i) const { return aside[i] + (c[i] + small[i]); }
 };
 template <class T> __device__ __forceinline__ void clear(Accumulator<T>& a) {
 #pragma unroll
@@ -171,9 +175,8 @@ template <int PITCH, class T> __device__ __forceinline__ void load_b(FragmentB<T
 }
 
 // (left, right) += a b.
-template <class T>
-__device__ __forceinline__ void multiply_add(Accumulator<T>& left, Accumulator<T>& right, const FragmentA<T>& a,
-                                             const FragmentB<T>& b) {
+template <class T> __device__ __forceinline__ void multiply_add(Accumulator<T>& left, Accumulator<T>& right,
+                                                                const FragmentA<T>& a, const FragmentB<T>& b) {
     if constexpr (sizeof(T) == 2) {
         mma_m16n8k16<T>(left.c, a.r, b.r[0], b.r[1]);
         mma_m16n8k16<T>(right.c, a.r, b.r[2], b.r[3]);
@@ -208,6 +211,9 @@ template <class T, class F> __device__ __forceinline__ void fragments_of(Fragmen
 
 // c += A tile^T, the summed index running along the columns of the tile: c is M x N blocks of 16 x 8, the tile's first
 // 8 N rows are used. load(a, m, step) provides A.
+// float32 sums start afresh every few steps and are added with full rounding: over a long sum tensor cores would
+// truncate.
+constexpr int FRESH_STEPS = 4;
 template <int STEPS, int PITCH, int M, int N, class T, class LoadA>
 __device__ __forceinline__ void multiply_rows(Accumulator<T> (&c)[M][N], LoadA load, const T* tile) {
 #pragma unroll
@@ -215,6 +221,11 @@ __device__ __forceinline__ void multiply_rows(Accumulator<T> (&c)[M][N], LoadA l
         FragmentA<T> a[M];
 #pragma unroll
         for (int m = 0; m < M; ++m) load(a[m], m, step);
+        if constexpr (sizeof(T) == 4)
+            if (step > 0 && step % FRESH_STEPS == 0) {
+#pragma unroll
+                for (int i = 0; i < M * N; ++i) c[i / N][i % N].put_aside();
+            }
 #pragma unroll
         for (int n = 0; n < N / 2; ++n) {
             FragmentB<T> b;
@@ -227,7 +238,7 @@ __device__ __forceinline__ void multiply_rows(Accumulator<T> (&c)[M][N], LoadA l
 
 // c += A tile, the summed index running down 16 K rows of the tile: c is M x N blocks of 16 x 8; blocks from `columns`
 // (elements) on are left out. prepare(b, k, step) may change B first.
-// float32 sums start afresh here and are added with full rounding: over a long sum tensor cores would truncate.
+// float32 sums start afresh here, too.
 template <int PITCH, int M, int K, int N, class T, class Prepare>
 __device__ __forceinline__ void multiply_columns(float (&c)[M][N][4], const FragmentA<T> (&a)[M][K][16 / STEP<T>],
                                                  const T* tile, int columns, Prepare prepare) {
@@ -240,14 +251,13 @@ __device__ __forceinline__ void multiply_columns(float (&c)[M][N][4], const Frag
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    sum[m][half].fill(i, sizeof(T) == 4 ? 0.f : c[m][2 * n + half][i]);
+                for (int half = 0; half < 2; ++half) sum[m][half].fill(i, sizeof(T) == 4 ? 0.f : c[m][2 * n + half][i]);
 #pragma unroll
         for (int k = 0; k < K; ++k)
 #pragma unroll
             for (int step = 0; step < 16 / STEP<T>; ++step) {
                 FragmentB<T> b;
-                load_b<PITCH>(b, tile + (k * 16 + step * STEP<T>) * PITCH + n * 16);
+                load_b<PITCH>(b, tile + (k * 16 + step * STEP<T>)*PITCH + n * 16);
                 prepare(b, k, step);
 #pragma unroll
                 for (int m = 0; m < M; ++m) multiply_add(sum[m][0], sum[m][1], a[m][k][step], b);
@@ -258,8 +268,8 @@ __device__ __forceinline__ void multiply_columns(float (&c)[M][N][4], const Frag
             for (int i = 0; i < 4; ++i)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    c[m][2 * n + half][i] = sizeof(T) == 4 ? c[m][2 * n + half][i] + sum[m][half].value(i)
-                                                           : sum[m][half].value(i);
+                    c[m][2 * n + half][i] =
+                        sizeof(T) == 4 ? c[m][2 * n + half][i] + sum[m][half].value(i) : sum[m][half].value(i);
     }
 }
 struct Unchanged {
@@ -286,8 +296,8 @@ __device__ __forceinline__ void store8(float* to, const float (&x)[8]) {
     reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 template <class T> __device__ __forceinline__ void store8(T* to, const float (&x)[8]) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
-                                               pack2<T>(x[6], x[7]));
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
 }
 // As they are in memory, to hold on to.
 template <class T> struct Packed8 {

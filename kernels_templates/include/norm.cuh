@@ -56,10 +56,8 @@ __device__ __forceinline__ void inverse_norms(float (&inverse)[8], const float (
     sum_groups<D, GROUPS>(inverse, squares, lane_in_row);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        if (i > 0 && D / GROUPS % 8 == 0)
-            inverse[i] = inverse[0];  // all of a lane's columns are in one group
-        else
-            inverse[i] = inverse[i] <= EPSILON * EPSILON ? 0.f : reciprocal_sqrt(inverse[i]);
+        if (i > 0 && D / GROUPS % 8 == 0) inverse[i] = inverse[0];  // all of a lane's columns are in one group
+        else inverse[i] = inverse[i] <= EPSILON * EPSILON ? 0.f : reciprocal_sqrt(inverse[i]);
     }
 }
 
@@ -98,9 +96,11 @@ __device__ __forceinline__ void normalize8(float (&x)[8], float factor, int lane
 struct KeepAll {
     __device__ __forceinline__ bool operator()(int) const { return true; }
 };
-template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T, class Keep = KeepAll>
+template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T,
+          class Keep = KeepAll>
 __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep = Keep()) {
-    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, PASSES = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
+    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES,
+                  PASSES = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
     constexpr int BATCH = PASSES % 4 == 0 ? 4 : 1;  // rows of a lane that are under way together
     const int lane = int(threadIdx.x) % LANES;
     for (int pass = 0; pass < PASSES; pass += BATCH) {
@@ -122,8 +122,8 @@ __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep 
     }
 }
 
-// Rows of a (batch, heads, length, D) tensor into contiguous rows: x_hat (NORMALIZE) or x, zeros for what is not finite.
-// `mask` (may be null): rows of keys that nobody may attend become zeros.
+// Rows of a (batch, heads, length, D) tensor into contiguous rows: x_hat (NORMALIZE) or x, zeros for what is not
+// finite. `mask` (may be null): rows of keys that nobody may attend become zeros.
 template <int D, int GROUPS, bool NORMALIZE, int THREADS, class T>
 __device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stride, int64_t rows, int heads, int length,
                                                const unsigned char* mask, int64_t mask_b, int64_t mask_s,

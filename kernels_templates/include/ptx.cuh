@@ -44,8 +44,10 @@ template <> __device__ __forceinline__ float2 unpack2<f16>(uint32_t x) {
     return make_float2(to_float(f16{uint16_t(x)}), to_float(f16{uint16_t(x >> 16)}));
 }
 
-// The top 19 bits of a float: what a TF32 operand keeps.
-__device__ __forceinline__ float tf32_truncate(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+// The nearest float of 19 bits: what a TF32 operand keeps. What x - tf32_nearest(x) makes of a NaN or Inf is NaN.
+__device__ __forceinline__ float tf32_nearest(float x) {
+    return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+}
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
@@ -161,8 +163,8 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const float (&a)
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
 // ---- programmatic dependent launch (no effect before compute capability 9.0) --------------------------------------

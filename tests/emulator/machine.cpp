@@ -823,10 +823,10 @@ void instrumented(void* address, size_t size, bool aligned, Kind kind, void* ret
 
 #define HOOK(name, kind, aligned, size) \
     extern "C" void __tsan_##name(void* p) { instrumented(p, size, aligned, Kind::kind, __builtin_return_address(0)); }
-#define HOOKS(size)                                                                    \
-    HOOK(read##size, read, true, size)                                                 \
-    HOOK(write##size, write, true, size) HOOK(unaligned_read##size, read, false, size) \
-        HOOK(unaligned_write##size, write, false, size)
+#define HOOKS(size)                      \
+    HOOK(read##size, read, true, size)   \
+    HOOK(write##size, write, true, size) \
+    HOOK(unaligned_read##size, read, false, size) HOOK(unaligned_write##size, write, false, size)
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
