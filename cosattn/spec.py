@@ -54,7 +54,7 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        """Readable and unique: ``forward_sm90_bf16_d64_causal_mask``, ``backward_sm80_f32_d64_g8_bias-f32-grad_online``."""
+        """Readable and unique: ``forward_sm90_bf16_d64_causal``, ``backward_sm80_f32_d64_g8_bias-f32-grad_online``."""
         parts = [self.direction, self.arch, _SHORT[self.dtype], f"d{self.head_dim}"]
         if self.value_dim != self.head_dim:
             parts.append(f"dv{self.value_dim}")
