@@ -28,7 +28,7 @@ template <class T> inline float2 unpack2(uint32_t x) {
     return make_float2(to_float(T{uint16_t(x)}), to_float(T{uint16_t(x >> 16)}));
 }
 
-inline float tf32_truncate(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+inline float tf32_nearest(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
