@@ -25,9 +25,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: Plan,
-        deterministic: bool | None,
-        with_lse: bool,
+        how: tuple[Plan, bool | None, bool],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -35,27 +33,29 @@ class Attention(torch.autograd.Function):
         bias: Tensor | None,
         scale: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        out, lse = plan.forward(q, k, v, mask, bias, scale, True)
+        out, lse = how[0].forward(q, k, v, mask, bias, scale, True)
         ctx.save_for_backward(q, k, v, mask, bias, scale, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.plan = plan
-        ctx.deterministic = deterministic
-        return (out, lse) if with_lse else out
+        ctx.how = how
+        return (out, lse) if how[2] else out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Any, ...]:
-        deterministic = ctx.deterministic
+        plan, deterministic, _ = ctx.how
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         needs = ctx.needs_input_grad
-        options = (ctx.plan, deterministic, needs[7], needs[8])
-        tensors = (*ctx.saved_tensors, dout, dlse)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients must refuse to be differentiated again
-            return (None, None, None, *_differentiable_gradients(options, *tensors))
-        return (None, None, None, *attention_gradients(options, *tensors))
+        options = (plan, deterministic, needs[5], needs[6])
+        # create_graph=True: the gradients must refuse to be differentiated again
+        gradients: Callable[..., Gradients] = (
+            _differentiable_gradients if torch.is_grad_enabled() else attention_gradients
+        )
+        dq, dk, dv, dbias, dscale = gradients(options, *ctx.saved_tensors, dout, dlse)
+        return None, dq, dk, dv, None, dbias, dscale
 
 
-attention: Callable[..., Any] = Attention.apply
+attention: Callable[..., Any] = super(torch.autograd.Function, Attention).apply
+"""``Attention.apply`` past its look for torch.func transforms in Python: ``functional.py`` has looked already."""
 
 
 class AttentionGradients(torch.autograd.Function):
@@ -85,12 +85,14 @@ def attention_gradients(
     lse: Tensor,
     dout: Tensor | None,
     dlse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None, Tensor | None]:
-    """Gradients of (q, k, v, mask, bias, scale); options are the plan, deterministic, bias_grad and scale_grad."""
+) -> Gradients:
+    """Gradients of (q, k, v, bias, scale); options are the plan, deterministic, bias_grad and scale_grad."""
     plan, deterministic, bias_grad, scale_grad = options
-    found: Gradients = plan.backward(
+    found = plan.backward(
         q, k, v, mask, bias, scale, out, lse, dout, dlse,
         deterministic=deterministic, bias_grad=bias_grad, scale_grad=scale_grad,
     )  # fmt: skip
-    dscale = None if found.dscale is None or scale is None else found.dscale.view(scale.shape)
-    return found.dq, found.dk, found.dv, None, found.dbias, dscale
+    if scale_grad and scale is not None:
+        dq, dk, dv, dbias, dscale = found
+        return dq, dk, dv, dbias, None if dscale is None else dscale.view(scale.shape)
+    return found

@@ -199,7 +199,7 @@ def _direct(
         or (scale_tensor is not None and scale_tensor.requires_grad)
     ):
         result: Tensor | tuple[Tensor, Tensor] = attention(
-            plan, deterministic, return_lse, q, k, v, mask, attn_bias, scale_tensor
+            (plan, deterministic, return_lse), q, k, v, mask, attn_bias, scale_tensor
         )
         return result
     out, lse = plan.forward(q, k, v, mask, attn_bias, scale_tensor, return_lse)

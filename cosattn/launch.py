@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -110,11 +111,30 @@ def kernel(spec: KernelSpec) -> Kernel:
     return found
 
 
-def current_device() -> int:
-    """Index of the current CUDA device."""
-    return torch._C._cuda_getDevice()
+def _public_stream(device: int) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def current_stream(device: int) -> int:
-    """Raw handle of the current CUDA stream of a device."""
-    return torch._C._cuda_getCurrentRawStream(device)
+def _public_allocate(size: int, stream: int) -> int:
+    return int(torch.cuda.caching_allocator_alloc(size, stream=stream))
+
+
+# Every call of cosine_attention uses these. The private names are what the public functions call in the end; those
+# create and check Python objects on the way, which costs microseconds.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""Index of the current CUDA device."""
+
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
+"""Raw handle of the current CUDA stream of a device."""
+
+allocate: Callable[[int, int], int] = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", _public_allocate)
+"""``allocate(size, stream)``: address of memory of PyTorch's caching allocator on the current device.
+
+Memory that only work on ``stream`` uses can be freed as soon as that work is launched: the allocator hands it out again
+to later work of that stream alone, also while a CUDA graph is captured.
+"""
+
+free: Callable[[int], None] = getattr(
+    torch._C, "_cuda_cudaCachingAllocator_raw_delete", torch.cuda.caching_allocator_delete
+)
+"""Give an address of ``allocate`` back."""

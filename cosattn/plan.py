@@ -38,16 +38,8 @@ _MAX_PLANS = 4096
 _MAX_BACKWARDS = 16
 
 
-class Gradients(NamedTuple):
-    """Results of a backward call; dbias and dscale are None when not asked for."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dbias: Tensor | None
-    """Shape and dtype of the bias."""
-    dscale: Tensor | None
-    """(Hq,) float32."""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""dq, dk, dv, dbias (shape and dtype of the bias) and dscale ((Hq,) float32); None where not asked for."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,6 +177,7 @@ class Plan:
         "_bias",
         "_device",
         "_kernel",
+        "_lse",
         "_lse_shape",
         "_out",
         "_problem",
@@ -251,6 +244,9 @@ class Plan:
             self._problem = self._pack(fields)
             with torch.cuda.device(self._device):
                 self._workspace = self._kernel.workspace_bytes(self._problem)
+            # Shape and type without memory: torch.empty_like reads its arguments faster than new_empty.
+            self._lse = q.new_empty(self._lse_shape, dtype=torch.float32)
+            self._lse.untyped_storage().resize_(0)
 
     def forward(
         self,
@@ -272,8 +268,9 @@ class Plan:
             with torch.cuda.device(device):
                 return self.forward(q, k, v, mask, bias, scale, with_lse)
         out = torch.empty_like(q) if self._out is None else q.new_empty_strided(*self._out)
-        lse = q.new_empty(self._lse_shape, dtype=torch.float32) if with_lse else None
-        workspace = q.new_empty(self._workspace, dtype=torch.uint8) if self._workspace else None
+        lse = torch.empty_like(self._lse) if with_lse else None
+        stream = launch.current_stream(device)
+        workspace = launch.allocate(self._workspace, stream) if self._workspace else 0
         pointers = launch.pack_pointers(
             q.data_ptr(),
             k.data_ptr(),
@@ -290,9 +287,11 @@ class Plan:
             0,
             0,
             0,
-            0 if workspace is None else workspace.data_ptr(),
+            workspace,
         )
-        code = kernel.launch(pointers, self._problem, launch.current_stream(device))
+        code = kernel.launch(pointers, self._problem, stream)
+        if workspace:
+            launch.free(workspace)
         if code:
             raise kernel.error(code)
         return out, lse
@@ -360,7 +359,8 @@ class Plan:
         dv = torch.empty_like(v) if plan.dv is None else v.new_empty_strided(*plan.dv)
         dbias = bias.new_empty(bias.shape, dtype=torch.float32) if bias is not None and bias_grad else None
         dscale = q.new_empty(self._lse_shape, dtype=torch.float32) if scale_grad else None
-        workspace = q.new_empty(plan.workspace, dtype=torch.uint8) if plan.workspace else None
+        stream = launch.current_stream(device)
+        workspace = launch.allocate(plan.workspace, stream) if plan.workspace else 0
         pointers = launch.pack_pointers(
             q_address,
             k_address,
@@ -377,9 +377,11 @@ class Plan:
             dv.data_ptr(),
             0 if dbias is None else dbias.data_ptr(),
             0 if dscale is None else dscale.data_ptr(),
-            0 if workspace is None else workspace.data_ptr(),
+            workspace,
         )
-        code = kernel.launch(pointers, plan.problem, launch.current_stream(device))
+        code = kernel.launch(pointers, plan.problem, stream)
+        if workspace:
+            launch.free(workspace)
         if code:
             raise kernel.error(code)
         if dbias is not None and bias is not None:
@@ -387,7 +389,7 @@ class Plan:
         if dscale is not None and scale is not None:
             sizes = self._sizes
             dscale = dscale.view(sizes.batch, sizes.q_heads, sizes.q_len).sum((0, 2))
-        return Gradients(dq, dk, dv, dbias, dscale)
+        return dq, dk, dv, dbias, dscale
 
     def _plan_backward(
         self,
@@ -497,13 +499,13 @@ class Plan:
             wanted=(bias_grad, scale_grad),
         )
         dbias = None if dbias is None or bias is None else dbias.reshape(bias.shape)
-        return Gradients(dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dbias, dscale)
+        return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dbias, dscale
 
     def _empty_gradients(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale_grad: bool) -> Gradients:
         dq, dk, dv = (empty_like_stored(tensor, tensor.shape[-1]).zero_() for tensor in (q, k, v))
         dbias = None if bias is None else bias.new_zeros(bias.shape)
         dscale = q.new_zeros(self._sizes.q_heads, dtype=torch.float32) if scale_grad else None
-        return Gradients(dq, dk, dv, dbias, dscale)
+        return dq, dk, dv, dbias, dscale
 
 
 def bias_is_ready(bias: Tensor) -> bool:

@@ -10,16 +10,39 @@ from __future__ import annotations
 import ctypes
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
-from cosattn import abi, cpu
+from cosattn import abi, cpu, launch
 from cosattn.spec import KernelSpec
 
 STREAM = 0x5EA
 WORKSPACE = 1000
+
+
+@contextmanager
+def scratch_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Main memory for ``launch.allocate``; yields the sizes asked for. At the end everything must have been freed."""
+    memory: dict[int, torch.Tensor] = {}
+    sizes: list[int] = []
+
+    def allocate(size: int, stream: int) -> int:
+        assert stream == STREAM
+        tensor = torch.empty(size, dtype=torch.uint8)
+        memory[tensor.data_ptr()] = tensor
+        sizes.append(size)
+        return tensor.data_ptr()
+
+    monkeypatch.setattr(launch, "allocate", allocate)
+    monkeypatch.setattr(launch, "free", memory.pop)
+    yield sizes
+    assert not memory, "a workspace is left behind"
+
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

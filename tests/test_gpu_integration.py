@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,21 +182,51 @@ def test_a_kernel_that_is_not_built_is_refused_during_capture(tmp_path: Path, mo
         cosine_attention(x, x, x, scale=0.125)
 
 
+_FIRST_LAUNCH_WHILE_CAPTURING = """
+import torch
+leaves = [torch.randn(2, 4, 200, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
+dout = torch.randn_like(leaves[0])
+torch.cuda.synchronize()
+from cosattn import cosine_attention
+def step():
+    return torch.autograd.grad(cosine_attention(*leaves, deterministic=True), leaves, dout)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = step()
+graph.replay()
+assert all(torch.equal(one, other) for one, other in zip(captured, step()))
+"""
+
+
+def test_a_kernel_that_is_built_may_be_loaded_during_capture() -> None:
+    q, k, v = (leaf(2, 4, 200, DIM) for _ in range(3))
+    torch.autograd.grad(cosine_attention(q, k, v, deterministic=True), (q, k, v), torch.ones_like(q))
+    run = subprocess.run([sys.executable, "-c", _FIRST_LAUNCH_WHILE_CAPTURING], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_work_goes_to_the_current_stream() -> None:
-    q, k, v = (leaf(2, 4, 300, DIM) for _ in range(3))
-    dout = torch.randn_like(q)
-    expected = cosine_attention(q, k, v, deterministic=True)
-    expected_grads = torch.autograd.grad(expected, (q, k, v), dout)
+    inputs = [torch.randn(2, 4, 300, DIM, dtype=DTYPE, device="cuda") for _ in range(3)]
+    dout = torch.randn_like(inputs[0])
+
+    def step() -> tuple[Tensor, ...]:
+        # New leaves: autograd makes the caller's stream wait for the stream on which a leaf was first used.
+        q, k, v = (x.detach().requires_grad_() for x in inputs)
+        out = cosine_attention(q, k, v, deterministic=True)
+        return (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
+
+    expected = step()
     side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()  # so that the allocator has memory for this stream
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # keeps the default stream busy for about a second
     with torch.cuda.stream(side):
-        out = cosine_attention(q, k, v, deterministic=True)
-        grads = torch.autograd.grad(out, (q, k, v), dout)
+        found = step()
     side.synchronize()
     assert not torch.cuda.default_stream().query(), "the default stream was waited for"
     with torch.cuda.stream(side):
-        same = [torch.equal(one, other) for one, other in zip((out, *grads), (expected, *expected_grads), strict=True)]
+        same = [torch.equal(one, other) for one, other in zip(found, expected, strict=True)]
     assert all(same)
     torch.cuda.synchronize()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from emulated_kernel import STREAM, EmulatedKernel
+from emulated_kernel import STREAM, EmulatedKernel, scratch_memory
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -169,7 +170,7 @@ class TestOverKernels:
     """The CUDA implementations, called with CPU tensors and emulated kernels."""
 
     @pytest.fixture(autouse=True)
-    def kernels(self, monkeypatch: pytest.MonkeyPatch) -> dict[KernelSpec, EmulatedKernel]:
+    def kernels(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[KernelSpec, EmulatedKernel]]:
         found: dict[KernelSpec, EmulatedKernel] = {}
         monkeypatch.setattr(plan, "load", lambda spec: found.setdefault(spec, EmulatedKernel(spec)))
         monkeypatch.setattr(plan, "architecture", lambda device: "sm90")
@@ -178,7 +179,8 @@ class TestOverKernels:
         monkeypatch.setattr(plan, "plans", ops.plans)
         monkeypatch.setattr(launch, "current_device", lambda: -1)
         monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
-        return found
+        with scratch_memory(monkeypatch):
+            yield found
 
     @pytest.mark.parametrize("served", [True, False])
     @pytest.mark.parametrize("sample", range(5))
