@@ -95,6 +95,12 @@ __device__ __forceinline__ void reduce_add2(float* address, float a, float b) {
 #endif
 }
 
+// x as something new: what is computed from it is computed there, instead of in registers since an earlier use.
+__device__ __forceinline__ int renew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // ---- asynchronous copies: global to shared ------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
