@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,16 +42,19 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Any, ...]:
+        q, k, v, mask, bias, scale, out, lse = ctx.saved_tensors
         plan, deterministic, _ = ctx.how
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        needs = ctx.needs_input_grad
-        options = (plan, deterministic, needs[5], needs[6])
-        # create_graph=True: the gradients must refuse to be differentiated again
-        gradients: Callable[..., Gradients] = (
-            _differentiable_gradients if torch.is_grad_enabled() else attention_gradients
+        _, _, _, _, _, bias_grad, scale_grad = ctx.needs_input_grad
+        gradients: Callable[..., Gradients] = plan.backward
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must refuse to be differentiated again
+            gradients = partial(_differentiable_gradients, plan)
+        dq, dk, dv, dbias, dscale = gradients(
+            q, k, v, mask, bias, scale, out, lse, dout, dlse, deterministic, bias_grad, scale_grad
         )
-        dq, dk, dv, dbias, dscale = gradients(options, *ctx.saved_tensors, dout, dlse)
+        if dscale is not None and scale is not None:
+            dscale = dscale.view(scale.shape)
         return None, dq, dk, dv, None, dbias, dscale
 
 
@@ -59,11 +63,11 @@ attention: Callable[..., Any] = super(torch.autograd.Function, Attention).apply
 
 
 class AttentionGradients(torch.autograd.Function):
-    """``attention_gradients``, whose own gradient is an error with a way out."""
+    """``Plan.backward``, whose own gradient is an error with a way out."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return attention_gradients(*arguments)
+    def forward(ctx: FunctionCtx, plan: Plan, *arguments: Any) -> Gradients:
+        return plan.backward(*arguments)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Any, ...]:
@@ -71,28 +75,3 @@ class AttentionGradients(torch.autograd.Function):
 
 
 _differentiable_gradients: Callable[..., Any] = AttentionGradients.apply
-
-
-def attention_gradients(
-    options: tuple[Plan, bool, bool, bool],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-) -> Gradients:
-    """Gradients of (q, k, v, bias, scale); options are the plan, deterministic, bias_grad and scale_grad."""
-    plan, deterministic, bias_grad, scale_grad = options
-    found = plan.backward(
-        q, k, v, mask, bias, scale, out, lse, dout, dlse,
-        deterministic=deterministic, bias_grad=bias_grad, scale_grad=scale_grad,
-    )  # fmt: skip
-    if scale_grad and scale is not None:
-        dq, dk, dv, dbias, dscale = found
-        return dq, dk, dv, dbias, None if dscale is None else dscale.view(scale.shape)
-    return found

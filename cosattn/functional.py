@@ -184,7 +184,7 @@ def _direct(
         _check(q, k, v, mask, attn_bias, scale, options)
         raise
     if plan is MISSING:
-        plan = remember(key, lambda: _plan(q, k, v, mask, attn_bias, scale, options))
+        plan = remember(key, _plan, q, k, v, mask, attn_bias, scale, options)
     if plan is None:
         return _by_fallback(q, k, v, mask, attn_bias, scale, options, return_lse)
     if not plan.ready or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:

@@ -58,22 +58,34 @@ def _plan(
     found = plans.get(key, MISSING)
     if found is not MISSING:
         return found
-    return remember(
-        key,
-        lambda: Plan(
-            _sizes(q, k, v),
-            q,
-            k,
-            v,
-            mask,
-            bias,
-            scale,
-            groups=groups,
-            causal=causal,
-            l2norm=l2norm,
-            softmax="online" if online else "bounded",
-            bias_batch_dim=False,
-        ),
+    return remember(key, _new_plan, q, k, v, mask, bias, scale, groups, causal, l2norm, online)
+
+
+def _new_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    groups: int,
+    causal: bool,
+    l2norm: bool,
+    online: bool,
+) -> Plan:
+    return Plan(
+        _sizes(q, k, v),
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        scale,
+        groups=groups,
+        causal=causal,
+        l2norm=l2norm,
+        softmax="online" if online else "bounded",
+        bias_batch_dim=False,
     )
 
 
@@ -140,7 +152,7 @@ def _cuda_backward(
     else:
         found = plan.backward(
             q, k, v, mask, bias, scale_tensor, out, lse, dout, dlse,
-            deterministic=deterministic, bias_grad=bias_grad, scale_grad=scale_grad,
+            deterministic, bias_grad, scale_grad,
         )  # fmt: skip
     return _results(q, k, v, found)
 

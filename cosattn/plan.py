@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -308,7 +308,6 @@ class Plan:
         lse: Tensor,
         dout: Tensor | None,
         dlse: Tensor | None,
-        *,
         deterministic: bool,
         bias_grad: bool,
         scale_grad: bool,
@@ -321,7 +320,7 @@ class Plan:
             with torch.cuda.device(device):
                 return self.backward(
                     q, k, v, mask, bias, scale, out, lse, dout, dlse,
-                    deterministic=deterministic, bias_grad=bias_grad, scale_grad=scale_grad,
+                    deterministic, bias_grad, scale_grad,
                 )  # fmt: skip
         if dout is None:
             dout = torch.zeros_like(out)
@@ -349,7 +348,7 @@ class Plan:
             bias = bias if bias is None or bias_is_ready(bias) else bias.contiguous()
             return self.backward(
                 q, k, v, mask, bias, scale, out, lse, dout, dlse,
-                deterministic=deterministic, bias_grad=bias_grad, scale_grad=scale_grad,
+                deterministic, bias_grad, scale_grad,
             )  # fmt: skip
         lse = lse.contiguous()
         if dlse is not None:
@@ -579,11 +578,11 @@ def metadata(
     )
 
 
-def remember(key: Hashable, build: Callable[[], Plan]) -> Plan | None:
+def remember(key: Hashable, build: Callable[..., Plan], *arguments: Any) -> Plan | None:
     """Build a plan and keep it. None, kept too, when no kernel can serve it and the fallback is switched on."""
     plan: Plan | None
     try:
-        plan = build()
+        plan = build(*arguments)
     except (UnsupportedError, ToolchainError) as error:
         if not fallback.enabled():
             raise
