@@ -75,7 +75,7 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
         chunk = 16 if bias or (spec.mask and (online or spec.causal)) else 32
         narrow = ForwardTiles(128, 32, chunk, 4, 2, 2, False, overlap=False)
         if limit_of(spec) > 200_000:  # room for two blocks
-            return [ForwardTiles(128, 64, chunk, 4, 2, 2, False, overlap=plain), narrow]
+            return [ForwardTiles(128, 64, chunk, 4, 2, 2, False, overlap=plain and not spec.causal), narrow]
         return [narrow]
     wide = [
         ForwardTiles(128, 64, 32, 8, 2, 1, False),
@@ -170,32 +170,38 @@ def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
     plain = not (biased or spec.mask or spec.deterministic)
     if spec.dtype == "float32":
         if widest <= 64:
-            return [
-                BackwardTiles(64, 64, 16, 2, 2, 1, 1, 2, False, False),
-                BackwardTiles(32, 64, 16, 1, 1, 1, 1, 1, False, False),
+            tiles = [
+                BackwardTiles(64, 64, 16, 1, 2, 1, 1, 1, False, False),
+                BackwardTiles(32, 64, 16, 1, 2, 1, 1, 1, False, False),
             ]
+            return tiles if biased else [BackwardTiles(64, 64, 16, 2, 2, 1, 1, 2, False, False), *tiles]
         if widest <= 128:
             return [
-                BackwardTiles(32, 64, 16, 2, 2, 2, 1, 1, False, False),
-                BackwardTiles(16, 32, 16, 1, 1, 1, 1, 1, False, False),
+                BackwardTiles(64, 64, 16, 1, 2, 1, 1, 1, False, False),
+                BackwardTiles(32, 64, 16, 1, 2, 1, 1, 1, False, False),
+                BackwardTiles(32, 32, 16, 1, 2, 1, 1, 1, False, False),
             ]
         return [
-            BackwardTiles(32, 32, 16, 1, 2, 2, 1, 1, False, False),
+            BackwardTiles(64, 32, 16, 1, 4, 1, 1, 1, False, False),
+            BackwardTiles(32, 32, 16, 1, 2, 1, 1, 1, False, False),
+            BackwardTiles(32, 16, 16, 1, 2, 1, 1, 1, False, False),
             BackwardTiles(16, 16, 16, 1, 1, 1, 1, 1, False, False),
         ]
     if widest <= 64:
         return [
-            BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, plain, biased),
-            BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, plain, biased),
-            BackwardTiles(64, 64, 16, 2, 1, 2, 1, 1, True, False),
+            BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, plain, False),
+            BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, plain, False),
         ]
     if widest <= 128:
+        chunk = 16 if biased else 32
         return [
-            BackwardTiles(64, 128, 32, 2, 2, 2, 2, 1, False, False),
-            BackwardTiles(64, 64, 16, 1, 1, 1, 1, 1, True, False),
+            BackwardTiles(64, 128, chunk, 2, 2, 2, 2, 1, False, False),
+            BackwardTiles(64, 128, chunk, 2, 2, 1, 1, 1, False, False),
+            BackwardTiles(64, 64, 16, 1, 1, 1, 1, 1, False, False),
         ]
     return [
         BackwardTiles(64, 64, 16, 2, 4, 2, 1, 1, False, False),
+        BackwardTiles(64, 64, 16, 2, 4, 1, 1, 1, False, False),
         BackwardTiles(32, 32, 16, 1, 2, 1, 1, 1, False, False),
         BackwardTiles(16, 32, 16, 1, 1, 1, 1, 1, False, False),
     ]

@@ -5,36 +5,9 @@
 #include "matrix.cuh"
 #include "norm.cuh"
 
-template <class T> constexpr uint32_t EXPONENT = 0x7f80u;
-template <> constexpr uint32_t EXPONENT<f16> = 0x7c00u;
-
-// Whether 16 bytes of a tile hold anything that is not finite.
-template <class T> __device__ __forceinline__ bool is_broken16(const T* from) {
-    const uint4 words = *reinterpret_cast<const uint4*>(from);
-    bool broken = false;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t word = i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-        if constexpr (sizeof(T) == 4) broken = broken || (word & 0x7f800000u) == 0x7f800000u;
-        else broken = broken || (word & EXPONENT<T>) == EXPONENT<T> || (word >> 16 & EXPONENT<T>) == EXPONENT<T>;
-    }
-    return broken;
-}
-
-// Whether this thread finds anything in its share of a tile that is not finite.
-template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
-__device__ __forceinline__ bool finds_broken(const T* tile) {
-    constexpr int VECTOR = 16 / int(sizeof(T)), PER_ROW = COLUMNS / VECTOR;
-    bool broken = false;
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS)
-        broken = broken || is_broken16(tile + i / PER_ROW * PITCH + i % PER_ROW * VECTOR);
-    return broken;
-}
-
-// A tile without its broken elements; row(r) is called where there were some.
+// A tile without what is not finite; row(r) is called where there was some.
 template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T, class Row>
-__device__ __forceinline__ void clear_broken_rows(T* tile, Row row) {
+__device__ __forceinline__ void clear_broken(T* tile, Row row) {
     constexpr int PER_ROW = COLUMNS / 8;
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
@@ -49,4 +22,8 @@ __device__ __forceinline__ void clear_broken_rows(T* tile, Row row) {
         store8(at, x);
         row(i / PER_ROW);
     }
+}
+template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
+__device__ __forceinline__ void clear_broken(T* tile) {
+    clear_broken<ROWS, COLUMNS, PITCH, THREADS>(tile, [](int) {});
 }
