@@ -187,6 +187,8 @@ def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
             BackwardTiles(32, 16, 16, 1, 2, 1, 1, 1, False, False),
             BackwardTiles(16, 16, 16, 1, 1, 1, 1, 1, False, False),
         ]
+    if widest <= 32 and biased:
+        return [BackwardTiles(64, 64, 16, 1, 1, 2, 1, 2, False, False)]  # windows: few keys a head
     if widest <= 64:
         return [
             BackwardTiles(64, 128, 16, 2, 1, 2, 1, 2, plain, False),
