@@ -176,8 +176,9 @@ def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
             ]
             return tiles if biased else [BackwardTiles(64, 64, 16, 2, 2, 1, 1, 2, False, False), *tiles]
         if widest <= 128:
+            keys = (2, 4) if widest > 112 and not biased else (1, 2)  # four warps divide 128 columns, not 80 or 96
             return [
-                BackwardTiles(64, 64, 16, 1, 2, 1, 1, 1, False, False),
+                BackwardTiles(64, 64, 16, *keys, 1, 1, 1, False, False),
                 BackwardTiles(32, 64, 16, 1, 2, 1, 1, 1, False, False),
                 BackwardTiles(32, 32, 16, 1, 2, 1, 1, 1, False, False),
             ]
