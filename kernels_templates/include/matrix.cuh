@@ -216,7 +216,8 @@ template <class T, class F> __device__ __forceinline__ void fragments_of(Fragmen
 constexpr int FRESH_STEPS = 4;
 template <int STEPS, int PITCH, int M, int N, class T, class LoadA>
 __device__ __forceinline__ void multiply_rows(Accumulator<T> (&c)[M][N], LoadA load, const T* tile) {
-    constexpr int UNROLL = sizeof(T) == 4 && STEPS > 8 ? FRESH_STEPS : STEPS;  // long float32 sums would fill the registers with loads
+    constexpr int UNROLL =
+        sizeof(T) == 4 && STEPS > 8 ? FRESH_STEPS : STEPS;  // long float32 sums would fill the registers with loads
 #pragma unroll UNROLL
     for (int step = 0; step < STEPS; ++step) {
         FragmentA<T> a[M];
