@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -121,11 +122,15 @@ def find_ninja() -> tuple[Path | None, str | None]:
     The pip package is looked at first: its folder is not on PATH when Python is called by path from a virtual
     environment that is not activated.
     """
-    if importlib.util.find_spec("ninja") is not None:
-        import ninja
-
-        program = Path(getattr(ninja, "BIN_DIR", "")) / "ninja"
-        if os.access(program, os.X_OK):
+    # The package's record of its files holds also where ninja.BIN_DIR is empty: in a virtual environment that sees the
+    # packages of the Python it was made from.
+    try:
+        files = importlib.metadata.files("ninja") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        program = Path(str(file.locate())).resolve()
+        if file.name == "ninja" and os.access(program, os.X_OK) and program.is_file():
             return program, None
     if found := shutil.which("ninja"):
         return Path(found), None

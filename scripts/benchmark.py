@@ -85,11 +85,16 @@ class Inputs:
         return [x for x in (self.q, self.k, self.v, self.bias) if x is not None]
 
 
-def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Random normal q, k, v (requiring gradients), a random key mask that always keeps key 0, a random bias."""
+def make_inputs(case: Case, device: torch.device, heads_last: bool = False) -> Inputs:
+    """Random normal q, k, v (requiring gradients), a random key mask that always keeps key 0, a random bias.
+
+    ``heads_last`` stores (B, S, H, D), as a projection gives it and as flash attention likes it best.
+    """
     torch.manual_seed(0)
-    shape = (case.batch, case.heads, case.seq_len, case.head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[case.dtype], requires_grad=True) for _ in range(3))
+    sizes = (case.batch, case.heads, case.seq_len, case.head_dim)
+    stored = [sizes[i] for i in (0, 2, 1, 3)] if heads_last else sizes
+    values = (torch.randn(stored, device=device, dtype=DTYPES[case.dtype]) for _ in range(3))
+    q, k, v = ((x.transpose(1, 2) if heads_last else x).requires_grad_() for x in values)
     mask = bias = None
     if case.mask_prob:
         mask = torch.rand(case.batch, case.seq_len, device=device) >= case.mask_prob
@@ -233,7 +238,7 @@ def speed_cases(args: argparse.Namespace) -> list[Case]:
 
 def run_speed(case: Case, stopwatch: Stopwatch) -> dict[str, Any]:
     """Ours with the L2 norm, theirs on inputs normalised beforehand."""
-    x = make_inputs(case, stopwatch.device)
+    x = make_inputs(case, stopwatch.device, heads_last=True)
     q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
     backends = ("efficient",) if case.dtype == "float32" else ("flash", "cudnn")
 

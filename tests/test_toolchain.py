@@ -101,6 +101,7 @@ def test_nothing_found_is_one_error_with_ways_out(no_toolkits: Path) -> None:
 
 def test_everything_missing_is_still_one_error(no_toolkits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(toolchain.importlib.metadata, "files", lambda name: None)
     for name in ("c++", "ninja"):
         (no_toolkits / name).unlink()
     with pytest.raises(ToolchainError) as caught:
