@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from accuracy import relative_error
+from emulator import harness
+
 from cosattn import cosine_attention
 from cosattn.arch import arch_of
-from emulator import harness
 
 pytestmark = pytest.mark.gpu
 
