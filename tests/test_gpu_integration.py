@@ -271,3 +271,31 @@ def test_memory_is_linear_in_the_length(dtype: torch.dtype) -> None:
     ratio = (torch.cuda.max_memory_allocated() - before) / size
     print(f"\n{dtype}: forward and backward of 65536 rows take {ratio:.2f} times the memory of q, k and v")
     assert ratio < 16
+
+
+def test_strides_beyond_32_bits() -> None:
+    size, far_away = 2 * 64 * 64, 2**31
+    storage = torch.empty(far_away + 3 * size, dtype=torch.bfloat16, device="cuda")
+    far = [storage.as_strided((2, 2, 64, 64), (far_away, 64 * 64, 64, 1), i * size) for i in range(3)]
+    near = [torch.randn(2, 2, 64, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
+    for there, here in zip(far, near, strict=True):
+        there.copy_(here.detach()).requires_grad_()
+    dout = torch.randn_like(near[0])
+    outs = [cosine_attention(*tensors, causal=True) for tensors in (far, near)]
+    assert torch.equal(*outs)
+    gradients = [torch.autograd.grad(out, tensors, dout) for out, tensors in zip(outs, (far, near), strict=True)]
+    for there, here in zip(*gradients, strict=True):
+        assert torch.equal(there, here)  # one block of keys: nothing is added in an order that could change
+
+
+def test_more_heads_than_a_grid_dimension_holds() -> None:
+    heads = 70_000
+    tensors = [torch.randn(heads, 16, 32, dtype=torch.float16, device="cuda", requires_grad=True) for _ in range(3)]
+    out = cosine_attention(*tensors)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, tensors, dout)
+    last = [x.detach()[-3:].requires_grad_() for x in tensors]
+    expected = cosine_attention(*last)
+    assert torch.equal(out[-3:], expected)
+    for found, alone in zip(gradients, torch.autograd.grad(expected, last, dout[-3:]), strict=True):
+        assert torch.equal(found[-3:], alone)
