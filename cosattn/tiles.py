@@ -167,7 +167,7 @@ def query_tiles(spec: KernelSpec) -> QueryTiles:
 def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     biased = spec.bias is not None
-    plain = not (biased or spec.mask or spec.deterministic)
+    plain = not (biased or spec.mask or spec.deterministic) and limit_of(spec) > 200_000
     if spec.dtype == "float32":
         if widest <= 64:
             tiles = [
