@@ -147,10 +147,6 @@ def load(spec: KernelSpec) -> launch.Kernel:
     return launch.kernel(spec)
 
 
-def _strides_or_none(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tensor.stride()
-
-
 class _Backward(NamedTuple):
     """What a backward call needs, for one set of strides."""
 

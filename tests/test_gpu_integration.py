@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import relative_error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,10 +38,6 @@ def bshd(batch: int, heads: int, rows: int) -> Tensor:
 def assert_right(found: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
     expected = cosine_attention_reference(q.detach().double(), k.detach().double(), v.detach().double(), **options)
     assert relative_error(found, expected) < 1e-2
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.fixture

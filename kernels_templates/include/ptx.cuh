@@ -85,15 +85,6 @@ __device__ __forceinline__ void reduce_add4(float* address, float a, float b, fl
     reduce_add(address + 3, d);
 #endif
 }
-// Two consecutive floats, 8-byte aligned.
-__device__ __forceinline__ void reduce_add2(float* address, float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(a), "f"(b) : "memory");
-#else
-    reduce_add(address, a);
-    reduce_add(address + 1, b);
-#endif
-}
 
 // x as something new: what is computed from it is computed there, instead of in registers since an earlier use.
 __device__ __forceinline__ int renew(int x) {

@@ -12,8 +12,8 @@ template <bool CAUSAL> __device__ __forceinline__ int visible_keys(int row, int 
     }
 }
 
-// Key-mask bytes of this lane's columns in `BLOCKS` 8-column blocks: bit 2 block + e is column 8 block + 2 (lane % 4) +
-// e.
+// Key-mask bytes of this lane's columns in `BLOCKS` 8-column blocks: bit 2 block + e is column
+// 8 block + 2 (lane % 4) + e.
 template <int BLOCKS>
 __device__ __forceinline__ uint32_t mask_bits(const unsigned char* mask, int64_t stride, int key, int k_len) {
     static_assert(BLOCKS <= 16, "one 32-bit word");

@@ -38,11 +38,6 @@ inline float reciprocal(float x) { return 1.0f / x; }
 inline float reciprocal_sqrt(float x) { return 1.0f / sqrtf(x); }
 
 inline void reduce_add(float* address, float x) { *address += x; }
-inline void reduce_add2(float* address, float a, float b, emulator::Site site = EMULATOR_CALLER) {
-    emulator::require_aligned("reduce_add2", address, 8, site);
-    address[0] += a;
-    address[1] += b;
-}
 inline void reduce_add4(float* address, float a, float b, float c, float d, emulator::Site site = EMULATOR_CALLER) {
     emulator::require_aligned("reduce_add4", address, 16, site);
     address[0] += a;
