@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import backward_tiles, forward_tiles, query_tiles
+from cosattn.families import family_of
+from cosattn import tiles, tiles_sm90
 
 _ELEMENTS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 _INCLUDE = re.compile(r'^#include "(include/[\w./]+)"', re.MULTILINE)
@@ -60,32 +62,36 @@ def _environment() -> jinja2.Environment:
     )
 
 
-@functools.cache
-def _header(name: str) -> str:
-    return (templates_directory() / name).read_text()
+def _header(name: str, variables: Mapping[str, Any]) -> str:
+    """A header's text; one that ends in ``.jinja`` on disk holds only what this kernel needs."""
+    if (templates_directory() / name).is_file():
+        return (templates_directory() / name).read_text()
+    return _environment().get_template(f"{name}.jinja").render(variables)
 
 
-def _headers_of(source: str) -> dict[str, str]:
+def _headers_of(source: str, variables: Mapping[str, Any]) -> dict[str, str]:
     headers: dict[str, str] = {}
     pending = _INCLUDE.findall(source)
     while pending:
         name = pending.pop()
         if name not in headers:
-            headers[name] = _header(name)
+            headers[name] = _header(name, variables)
             pending += [f"include/{beside}" for beside in _INCLUDE_BESIDE.findall(headers[name])]
     return dict(sorted(headers.items()))
 
 
+_CUTS = {"sm80": tiles.cuts, "sm90": tiles_sm90.cuts}
+
+
 def render(spec: KernelSpec) -> Rendered:
     """The CUDA source of one spec."""
-    arch = ARCHS[spec.arch]
-    template = _environment().get_template(f"{arch.family}/{spec.direction}.cu.jinja")
-    source = template.render(
-        spec=spec,
-        arch=arch,
-        tiles=forward_tiles(spec) if spec.direction == "forward" else backward_tiles(spec),
-        query_tiles=query_tiles(spec) if spec.deterministic else None,
-        element=_ELEMENTS[spec.dtype],
-        bias_element=_ELEMENTS[spec.bias] if spec.bias else None,
-    )
-    return Rendered(spec, source, _headers_of(source))
+    family = family_of(spec)
+    variables: dict[str, Any] = {
+        "spec": spec,
+        "arch": ARCHS[spec.arch],
+        "element": _ELEMENTS[spec.dtype],
+        "bias_element": _ELEMENTS[spec.bias] if spec.bias else None,
+        **_CUTS[family](spec),
+    }
+    source = _environment().get_template(f"{family}/{spec.direction}.cu.jinja").render(variables)
+    return Rendered(spec, source, _headers_of(source, variables))

@@ -1,8 +1,9 @@
-"""Tile shapes: (spec) -> how the work of one kernel is cut, checked against shared memory and registers."""
+"""Tile shapes of the sm80 family: (spec) -> how the work of one kernel is cut, checked against shared memory and registers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
@@ -213,3 +214,11 @@ def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
 def limit_of(spec: KernelSpec) -> int:
     """Shared memory per thread block of the spec's architecture."""
     return ARCHS[spec.arch].shared_memory
+
+
+def cuts(spec: KernelSpec) -> dict[str, Any]:
+    """What the templates of the family are given."""
+    return {
+        "tiles": forward_tiles(spec) if spec.direction == "forward" else backward_tiles(spec),
+        "query_tiles": query_tiles(spec) if spec.deterministic else None,
+    }

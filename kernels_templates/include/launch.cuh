@@ -29,6 +29,19 @@ inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
     return status;
 }
 
+// Multiprocessors of the current device.
+inline cudaError_t multiprocessors(int& count) {
+    constexpr int CAPACITY = 64;
+    static thread_local int counts[CAPACITY] = {};
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    if (device < CAPACITY && counts[device] != 0) return count = counts[device], cudaSuccess;
+    status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess && device < CAPACITY) counts[device] = count;
+    return status;
+}
+
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
     if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return cudaSuccess;

@@ -1,0 +1,93 @@
+"""Tile shapes of the sm90 family: (spec) -> how the work of one kernel is cut, checked against shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cosattn.arch import ARCHS
+from cosattn.spec import KernelSpec
+
+BARRIER_BYTES = 512
+ALIGNMENT = 1024
+"""Bytes; where a swizzle pattern of 128 bytes starts."""
+
+
+def slab_columns(columns: int) -> int:
+    """Columns of a slab: tiles in shared memory are cut into slabs of rows of 64 or 128 bytes, the swizzle's width."""
+    return 32 if (columns + 31) // 32 % 2 else 64
+
+
+def padded(columns: int) -> int:
+    """Columns of a tile in shared memory: whole slabs."""
+    slab = slab_columns(columns)
+    return (columns + slab - 1) // slab * slab
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTiles:
+    """How the forward kernel is cut."""
+
+    warpgroups: int
+    """Consumer warpgroups, each with 64 query rows of its own; one more brings the tiles."""
+    block_n: int
+    """Keys of a tile."""
+    stages: int
+    """Key tiles in shared memory."""
+    query_buffers: int
+    """Query tiles in shared memory: with two, the next one arrives while this one is worked on."""
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of a thread block."""
+        return 64 * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a producer's and of a consumer's thread."""
+        return {1: (56, 256), 2: (40, 232), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
+
+    def shared_bytes(self, spec: KernelSpec) -> int:
+        """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
+        d, dv = padded(spec.head_dim), padded(spec.value_dim)
+        queries = self.query_buffers * self.block_m * max(d, dv)
+        keys = self.stages * self.block_n * (d + dv)
+        return 2 * (queries + keys) + BARRIER_BYTES + ALIGNMENT
+
+
+def forward_tiles(spec: KernelSpec) -> ForwardTiles:
+    """The first candidate, fastest first, that fits the architecture's shared memory."""
+    for tiles in _forward_candidates(spec):
+        if tiles.shared_bytes(spec) <= ARCHS[spec.arch].shared_memory:
+            return tiles
+    raise AssertionError(f"no forward tile fits {spec.name}")
+
+
+def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
+    widest = max(spec.head_dim, spec.value_dim)
+    if widest <= 64:
+        return [ForwardTiles(3, 128, 4, 2)]
+    if widest <= 96:
+        return [ForwardTiles(3, 96, 3, 2)]
+    if widest <= 128:
+        return [ForwardTiles(2, 128, 2, 2)]
+    if widest <= 192:
+        return [ForwardTiles(2, 96, 2, 1)]
+    return [ForwardTiles(2, 64, 2, 1)]
+
+
+def wgmma_columns(spec: KernelSpec) -> list[int]:
+    """Columns of the accumulators that the kernel multiplies into."""
+    tiles = forward_tiles(spec)
+    return sorted({tiles.block_n, (spec.value_dim + 15) // 16 * 16})
+
+
+def cuts(spec: KernelSpec) -> dict[str, Any]:
+    """What the templates of the family are given."""
+    return {
+        "tiles": forward_tiles(spec),
+        "wgmma_columns": wgmma_columns(spec),
+        "padded": padded,
+        "slab_columns": slab_columns,
+        "barrier_bytes": BARRIER_BYTES,
+    }
