@@ -85,6 +85,13 @@ __device__ __forceinline__ void load_box(uint32_t to, const TensorMap& map, uint
         "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
         : "memory");
 }
+// Bytes side by side, a multiple of 16 at multiples of 16, global to shared; they count towards the barrier's phase.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
 // One box, shared to global.
 __device__ __forceinline__ void store_box(const TensorMap& map, uint32_t from, int column, int row, int head,
                                           int batch) {
