@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-REPLACED = ("ptx.cuh", "launch.cuh")
+REPLACED = ("ptx.cuh", "launch.cuh", "hopper.cuh", "tensor_map.cuh", "wgmma.cuh")
 """Headers of the kernels that the emulator brings its own version of."""
 
 _COMPILER = os.environ.get("CXX", "g++")
 _COMMON = ["-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{HERE / 'include'}"]
-_MACHINE = [*_COMMON, "-O2", "-march=native", "-Wall", "-Wextra", "-shared"]
+_MACHINE = [*_COMMON, "-O3", "-march=native", "-Wall", "-Wextra", "-shared"]
 _KERNEL = [
     *_COMMON,
     "-O1",
@@ -44,7 +45,9 @@ def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
     """Compile one ``.cu`` source with the headers it includes (relative name -> text)."""
     emulator = {path.name: path.read_text() for path in sorted((HERE / "include").iterdir())}
     headers = dict(headers or {})
-    headers |= {name: emulator[Path(name).name] for name in headers if Path(name).name in REPLACED}
+    for name in headers:
+        if Path(name).name in REPLACED:
+            headers[name] = _rendered_products(headers[name]) + emulator[Path(name).name]
     machine = machine_library()
     digest = _digest(source, sorted(headers.items()), emulator, machine.name, _KERNEL)
     target = cache_directory() / f"{digest}.so"
@@ -69,14 +72,26 @@ def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
 
 def machine_library() -> Path:
     """The emulated machine: one library, which every kernel of a process shares."""
-    source = HERE / "machine.cpp"
-    digest = _digest([source.read_text(), (HERE / "include" / "machine.h").read_text()], _MACHINE)
+    sources = sorted(HERE.glob("machine*.cpp"))
+    headers = sorted([*HERE.glob("machine*.h"), *HERE.glob("include/machine*.h")])
+    digest = _digest([path.read_text() for path in [*sources, *headers]], _MACHINE)
     target = cache_directory() / f"machine-{digest}.so"
     if not target.exists():
         private = target.with_suffix(f".{os.getpid()}")
-        _compile([*_MACHINE, str(source), f"-Wl,-soname,{target.name}", "-ldl", "-o", str(private)])
+        _compile([*_MACHINE, *map(str, sources), f"-Wl,-soname,{target.name}", "-ldl", "-o", str(private)])
         private.replace(target)
     return target
+
+
+def _rendered_products(header: str) -> str:
+    """What the emulator's wgmma.cuh is told of the rendered one: the shapes and the element type of its products."""
+    shapes = sorted({int(columns) for columns in re.findall(r"m64n(\d+)k16", header)})
+    elements = set(re.findall(r"k16\.f32\.(\w+)\.", header))
+    if not shapes:
+        return ""
+    (element,) = elements
+    columns = ", ".join(map(str, shapes))
+    return f"#define EMULATOR_WGMMA_COLUMNS {columns}\n#define EMULATOR_WGMMA_ELEMENT {element}\n"
 
 
 def _digest(*parts: object) -> str:

@@ -35,7 +35,18 @@ DTYPES: dict[torch.dtype, DType] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-STATISTICS = ("blocks", "barriers", "collectives", "mma", "ldmatrix", "ldmatrix_conflicts", "copies")
+STATISTICS = (
+    "blocks",
+    "barriers",
+    "collectives",
+    "mma",
+    "ldmatrix",
+    "ldmatrix_conflicts",
+    "copies",
+    "products",
+    "loads",
+    "stores",
+)
 
 
 class KernelFault(AssertionError):

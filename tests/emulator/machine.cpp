@@ -7,18 +7,15 @@
 // reports shared memory out of bounds, races (two threads, one of them writing, no barrier between), misaligned
 // vector accesses, and reads of what an asynchronous copy has not delivered yet.
 // The first fault ends the launch: its message waits in fault_message().
-#include "machine.h"
+// What compute capability 9.0 adds is in machine_sm90.cpp.
+#include "machine_state.h"
 
 #include <algorithm>
-#include <csetjmp>
 #include <csignal>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <string>
-#include <vector>
 
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -84,106 +81,15 @@ struct Context {
 #endif
 
 namespace emulator {
+
+Machine m;
+
 namespace {
 
-constexpr int max_threads = 1024;
-constexpr int max_warps = max_threads / 32;
-constexpr int tracked_warps =
-    16;  // readers of a byte that are told apart; warp 16 shares the place of warp 0, and so on
-constexpr int max_barriers = 16;
-constexpr size_t max_shared = 227 * 1024;
-constexpr size_t shared_margin = 256 * 1024;  // address space around shared memory, to recognise near misses
 constexpr size_t page = 4096;
 constexpr size_t stack_bytes = 256 * 1024;
-constexpr unsigned char poison = 0xFF;
-
-// A line of the kernel's source, or (file null) an address in its code.
-struct Where {
-    const char* file = nullptr;
-    uintptr_t line = 0;
-    Where() = default;
-    Where(Site site) : file(site.file), line(uintptr_t(site.line)) {}
-    explicit Where(void* code) : line(reinterpret_cast<uintptr_t>(code)) {}
-};
-
-struct Copy {
-    unsigned char* shared;
-    const void* global;
-    int bytes;
-    bool valid;
-    uint64_t group;
-    Where where;
-};
-
-struct Fiber {
-    Context context;
-    bool done;
-    const char* waits_at;  // null while it can run
-    Site site;
-    std::vector<Copy> copies;
-    uint64_t group;  // number of groups committed so far
-};
-
-struct Warp {
-    uint32_t ready;
-    int arrived;
-    const char* name;
-    Site site;
-    void* operands[32];
-};
-
-struct Barrier {
-    const char* name;
-    Site site;
-    int expected;
-    std::vector<int> waiting;  // threads
-    int sum = 0, result = 0;
-};
-
-// What is remembered of each byte of shared memory. Times are readings of a warp's clock, which its barriers advance;
-// 0 is before everything.
-struct Byte {
-    struct Read {
-        uint32_t time;
-        int16_t thread;
-        bool many_lanes;  // several lanes at this time
-    } read[tracked_warps];
-    uint32_t write_time;
-    int16_t writer;
-    bool in_flight;
-    Where write_where, read_where;
-};
-
-struct Statistics {
-    uint64_t blocks, barriers, collectives, mma, ldmatrix, ldmatrix_conflicts, copies;
-};
-
-struct Machine {
-    uint64_t random = 1, seed = 1;
-    int patience_s = 60;
-    Statistics statistics{};
-    std::string message;
-    sigjmp_buf escape;
-
-    void (*invoke)(void*);
-    void* kernel;
-    int threads, shared_bytes;
-    Fiber* fiber = nullptr;  // the running one
-    int self = 0;
-    Where last;  // memory access
-    Context scheduler;
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    char* stacks = nullptr;
-    unsigned char* region = nullptr;
-    unsigned char* shared = nullptr;
-    Byte* bytes = nullptr;
-    int done = 0;
-    std::vector<unsigned> order;  // of the blocks
-    Barrier barriers[max_barriers];
-    uint32_t clock[max_warps];             // of each warp, never reset
-    uint32_t known[max_warps][max_warps];  // [w][x]: what x did before this time on its clock is ordered before w
-} m;
+Context scheduler;
+std::vector<Context> contexts;  // of the fibers
 
 uint64_t next_random() {  // xorshift64*
     m.random ^= m.random >> 12;
@@ -191,6 +97,9 @@ uint64_t next_random() {  // xorshift64*
     m.random ^= m.random >> 27;
     return m.random * 0x2545F4914F6CDD1DULL;
 }
+
+}  // namespace
+
 unsigned below(unsigned n) { return unsigned((next_random() >> 32) * n >> 32); }
 
 std::string text(const Where& where) {
@@ -207,14 +116,17 @@ std::string text(const Where& where) {
     return buffer;
 }
 
+namespace {
+
 [[noreturn]] void leave(const std::string& message) {
     m.message = message;
     siglongjmp(m.escape, 1);
 }
 
-void switch_to_scheduler() { Context::change(m.fiber->context, m.scheduler); }
+void switch_to_scheduler() { Context::change(contexts[m.self], scheduler); }
 
-// Sleeps until somebody sets the ready bit of this thread.
+}  // namespace
+
 void wait(const char* name, Site site) {
     Fiber& fiber = *m.fiber;
     fiber.waits_at = name;
@@ -224,8 +136,17 @@ void wait(const char* name, Site site) {
     fiber.waits_at = nullptr;
 }
 
+void wake(const std::vector<int>& threads) {
+    for (int t : threads) m.warps[t / 32].ready |= 1u << t % 32;
+}
+
+void let_others_run() { switch_to_scheduler(); }
+
+namespace {
+
 void fiber_main() {
     m.invoke(m.kernel);
+    if (m.agents_used) exit_thread_sm90();
     m.fiber->done = true;
     m.warps[m.self / 32].ready &= ~(1u << m.self % 32);
     ++m.done;
@@ -237,7 +158,8 @@ std::string waiting() {
     struct Group {
         const char* name;
         Site site;
-        int count, first;
+        int count, first, mbarrier;
+        uint32_t parity;
     };
     std::vector<Group> groups;
     for (int t = 0; t < m.threads; ++t) {
@@ -245,8 +167,10 @@ std::string waiting() {
         const char* name = f.done ? "exit" : f.waits_at;
         bool found = false;
         for (Group& g : groups)
-            if (!strcmp(g.name, name) && (f.done || g.site.line == f.site.line)) ++g.count, found = true;
-        if (!found) groups.push_back({name, f.done ? Site{nullptr, 0} : f.site, 1, t});
+            if (!strcmp(g.name, name) && (f.done || (g.site.line == f.site.line && g.mbarrier == f.waits_for &&
+                                                     (f.waits_for < 0 || g.parity == f.parity))))
+                ++g.count, found = true;
+        if (!found) groups.push_back({name, f.done ? Site{nullptr, 0} : f.site, 1, t, f.waits_for, f.parity});
     }
     std::string s;
     for (Group& g : groups) {
@@ -255,6 +179,8 @@ std::string waiting() {
                  g.name);
         s += buffer;
         if (g.site.file) s += " " + text(g.site);
+        if (g.mbarrier >= 0)
+            s += " for parity " + std::to_string(g.parity) + " of " + state_of(m.mbarriers[size_t(g.mbarrier)]);
     }
     return s;
 }
@@ -270,10 +196,17 @@ void forget_copies() {
 
 void run_block() {
     ++m.statistics.blocks;
+    ++m.block;
     m.done = 0;
-    for (Barrier& barrier : m.barriers) barrier.waiting.clear(), barrier.sum = 0;
-    for (uint32_t& clock : m.clock) ++clock;
-    for (auto& known : m.known) memcpy(known, m.clock, sizeof m.clock);
+    for (Barrier& barrier : m.barriers) {
+        barrier.waiting.clear();
+        barrier.came.reset();
+        barrier.arrived = barrier.sum = 0;
+        memset(barrier.known, 0, sizeof barrier.known);
+    }
+    for (int w = 0; w < max_warps; ++w) m.started[w] = ++m.clock[w];
+    for (int t = 0; t < m.threads; ++t) m.floor[t] = m.clock[t / 32];
+    start_block_sm90();
     memset(m.shared, poison, size_t(m.shared_bytes));
     forget_copies();
     int warps = m.threads / 32;
@@ -285,18 +218,23 @@ void run_block() {
         Fiber& f = m.fibers[t];
         f.done = false;
         f.waits_at = nullptr;
+        f.waits_for = -1;
         f.group = 0;
-        f.context.start(m.stacks + size_t(t) * stack_bytes + page, stack_bytes - page, fiber_main);
+        contexts[size_t(t)].start(m.stacks + size_t(t) * stack_bytes + page, stack_bytes - page, fiber_main);
     }
     // How long a warp runs before another one gets its turn: from lockstep to one after another.
     static const unsigned stay_of_16[] = {0, 8, 15, 16};
     unsigned stay = stay_of_16[below(4)];
     int w = int(below(unsigned(warps)));
     while (m.done < m.threads) {
+        if (!m.loads.empty() && below(64) < m.eagerness) land_one();
         if (!m.warps[w].ready || below(16) >= stay) {
             int first = int(below(unsigned(warps))), i = 0;
             while (i < warps && !m.warps[(first + i) % warps].ready) ++i;
-            if (i == warps) leave("deadlock: " + waiting());
+            if (i == warps) {
+                if (land_one()) continue;
+                leave("deadlock: " + waiting());
+            }
             w = (first + i) % warps;
         }
         unsigned start = below(32), step = below(16) * 2 + 1;
@@ -306,9 +244,10 @@ void run_block() {
             m.self = w * 32 + int(l);
             m.fiber = &m.fibers[m.self];
             threadIdx = {unsigned(m.self), 0, 0};
-            Context::change(m.scheduler, m.fiber->context);
+            Context::change(scheduler, contexts[size_t(m.self)]);
         }
     }
+    end_block_sm90();
     m.fiber = nullptr;
 }
 
@@ -377,60 +316,87 @@ void prepare(int threads) {
         m.region = reinterpret_cast<unsigned char*>(map(max_shared + 2 * shared_margin));
         m.shared = m.region + shared_margin;
         m.bytes = reinterpret_cast<Byte*>(map(sizeof(Byte) * max_shared));
+        m.chunks = reinterpret_cast<Chunk*>(map(sizeof(Chunk) * (max_shared / 16)));
+        m.known = reinterpret_cast<Times*>(map(sizeof(Times) * max_threads));
         m.stacks = map(size_t(max_threads) * stack_bytes);
         for (int t = 0; t < max_threads; ++t) mprotect(m.stacks + size_t(t) * stack_bytes, page, PROT_NONE);
         m.warps.resize(max_threads / 32);
         m.fibers.resize(max_threads);
+        contexts.resize(max_threads);
     }
     m.threads = threads;
+    m.agents_at = (threads + 15) / 16 * 16;
+    m.agents_used = false;
+    for (int t = 0; t < threads; ++t) memset(m.known[t], 0, sizeof(Times));
+    memset(m.floor, 0, sizeof m.floor);
 }
 
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
-enum class Kind { read, write };
-
 // True when what a thread did at that time is not ordered before this thread.
-bool unordered(int thread, uint32_t time) { return time >= m.known[m.self / 32][thread / 32]; }
+bool unordered(int thread, Time time) {
+    return thread != m.self && time >= m.started[thread / 32] && !ordered(thread, time);
+}
+
+const char* verb(Kind kind) { return kind == Kind::write ? "writes" : "reads"; }
 
 [[noreturn]] void race(size_t offset, const char* mine, const char* theirs, int thread, Where there, Where where) {
     fault("race in shared memory: %s byte %zu at %s, which thread %d %s at %s with no barrier between", mine, offset,
           text(where).c_str(), thread, theirs, text(there).c_str());
 }
 
+}  // namespace
+
+void check_byte(size_t i, Kind kind, Where where) {
+    const Byte& b = m.bytes[i];
+    if (b.in_flight)
+        fault("%s byte %zu of shared memory at %s while the copy_async of thread %d at %s is under way", verb(kind), i,
+              text(where).c_str(), b.writer, text(b.write_where).c_str());
+    if (unordered(b.writer, b.write_time)) race(i, verb(kind), "wrote", b.writer, b.write_where, where);
+    if (kind == Kind::read) return;
+    for (int w = 0; w < m.threads / 32; ++w) {
+        const Byte::Read& r = b.read[w];
+        if (r.time < m.floor[w * 32]) continue;
+        for (uint32_t lanes = r.lanes; lanes; lanes &= lanes - 1) {
+            int thread = w * 32 + __builtin_ctz(lanes);
+            if (unordered(thread, r.time)) race(i, verb(kind), "read", thread, b.read_where, where);
+        }
+    }
+}
+
 void access(const void* address, size_t size, Kind kind, Where where) {
     size_t from_region = size_t(static_cast<const unsigned char*>(address) - m.region);
     if (from_region >= max_shared + 2 * shared_margin || !m.fiber) return;
     long first = static_cast<const unsigned char*>(address) - m.shared;
-    const char* verb = kind == Kind::write ? "writes" : "reads";
     if (first < 0 || first + long(size) > m.shared_bytes)
-        fault("shared memory out of bounds: %s bytes [%ld, %ld) of %d at %s", verb, first, first + long(size),
+        fault("shared memory out of bounds: %s bytes [%ld, %ld) of %d at %s", verb(kind), first, first + long(size),
               m.shared_bytes, text(where).c_str());
+    size_t end = size_t(first) + size;
+    for (size_t i = size_t(first) / 16; i * 16 < end; ++i) {
+        Chunk& c = chunk(i);
+        if (c.async) check_async(c, std::max(i * 16, size_t(first)), kind, where);
+        c.touched = true;
+        if (kind == Kind::write) c.written = true, ++c.version;
+    }
     int warp = m.self / 32;
-    for (size_t i = size_t(first); i < size_t(first) + size; ++i) {
+    for (size_t i = size_t(first); i < end; ++i) {
+        check_byte(i, kind, where);
         Byte& b = m.bytes[i];
-        if (b.in_flight)
-            fault("%s byte %zu of shared memory at %s while the copy_async of thread %d at %s is under way", verb, i,
-                  text(where).c_str(), b.writer, text(b.write_where).c_str());
-        if (b.writer != m.self && unordered(b.writer, b.write_time))
-            race(i, verb, "wrote", b.writer, b.write_where, where);
         if (kind == Kind::read) {
-            Byte::Read& r = b.read[warp % tracked_warps];
-            r.many_lanes = r.time == m.clock[warp] && (r.many_lanes || r.thread != m.self);
-            r.time = m.clock[warp];
-            r.thread = int16_t(m.self);
+            Byte::Read& r = b.read[warp];
+            if (r.time != m.clock[warp]) r = {m.clock[warp], 0};
+            r.lanes |= 1u << m.self % 32;
             b.read_where = where;
         } else {
-            for (int w = 0; w < std::min(m.threads / 32, tracked_warps); ++w) {
-                const Byte::Read& r = b.read[w];
-                if ((r.thread != m.self || r.many_lanes) && unordered(r.thread, r.time))
-                    race(i, verb, "read", r.thread, b.read_where, where);
-            }
             b.write_time = m.clock[warp];
+            b.write_fences = uint32_t(m.fiber->fences.size());
             b.writer = int16_t(m.self);
             b.write_where = where;
         }
     }
 }
+
+namespace {
 
 void require_shared(const char* name, const void* address, size_t bytes, Site site) {
     long offset = static_cast<const unsigned char*>(address) - m.shared;
@@ -471,6 +437,7 @@ int run(Grid grid, int threads, int shared_bytes, void (*invoke)(void*), void* k
     m.invoke = invoke;
     m.kernel = kernel;
     m.shared_bytes = shared_bytes;
+    m.window = 1024 + 128 * (2 * below(4) + 1);  // aligned as little as shared memory is bound to be
     gridDim = {grid.x, grid.y, grid.z};
     blockDim = {unsigned(threads), 1, 1};
     m.order.resize(size_t(grid.x) * grid.y * grid.z);
@@ -518,26 +485,32 @@ int lane() { return m.self % 32; }
 
 namespace {
 
-// Everything the threads have done is ordered before everything they do from now on.
-void synchronise(const std::vector<int>& threads) {
-    uint32_t known[max_warps] = {}, warps = 0;
+// Everything the threads have done is ordered before everything they do from now on. Also what others released.
+void synchronise(const std::vector<int>& threads, const Times* released) {
+    uint32_t warps = 0;
     for (int t : threads) warps |= 1u << t / 32;
-    for (int w = 0; w < max_warps; ++w) {
-        if (!(warps >> w & 1)) continue;
-        m.known[w][w] = ++m.clock[w];
-        for (int x = 0; x < max_warps; ++x) known[x] = std::max(known[x], m.known[w][x]);
+    for (int w = 0; w < max_warps; ++w) m.clock[w] += warps >> w & 1;
+    for (int t : threads) m.known[t][t] = m.clock[t / 32];
+    if (int(threads.size()) == m.threads) {
+        for (int t : threads) m.floor[t] = m.clock[t / 32];
+        for (int i = m.agents_at; i < times_used(); ++i)
+            for (int t : threads) m.floor[i] = std::max(m.floor[i], m.known[t][i]);
+        return;
     }
-    for (int t : threads) memcpy(m.known[t / 32], known, sizeof known);
+    static Times known;
+    memset(known, 0, sizeof(Time) * size_t(times_used()));
+    for (int t : threads) merge(known, m.known[t]);
+    if (released) merge(known, *released);
+    for (int t : threads) memcpy(m.known[t], known, sizeof(Time) * size_t(times_used()));
 }
 
-}  // namespace
-
-void block_barrier(const char* name, int id, int threads, Site site) {
+// This thread comes to a barrier, with or without waiting for the others.
+void come(const char* name, int id, int threads, bool waits, Site site) {
     if (id < 0 || id >= max_barriers) fault("%s at %s: there is no barrier %d", name, text(site).c_str(), id);
     if (threads <= 0 || threads > m.threads || threads % 32)
         fault("%s at %s: a barrier of %d threads in a block of %d", name, text(site).c_str(), threads, m.threads);
     Barrier& barrier = m.barriers[id];
-    if (barrier.waiting.empty()) {
+    if (barrier.came.none()) {
         barrier.name = name;
         barrier.site = site;
         barrier.expected = threads;
@@ -546,18 +519,35 @@ void block_barrier(const char* name, int id, int threads, Site site) {
         fault("divergent barrier: this thread is at %s %s, others wait at %s %s", name, text(site).c_str(),
               barrier.name, text(barrier.site).c_str());
     }
-    barrier.waiting.push_back(m.self);
-    if (int(barrier.waiting.size()) < barrier.expected) {
-        wait(name, site);
+    if (barrier.came[size_t(m.self)])
+        fault("%s at %s: this thread has come to barrier %d already, which waits for others", name, text(site).c_str(),
+              id);
+    barrier.came.set(size_t(m.self));
+    if (waits) {
+        barrier.waiting.push_back(m.self);
+    } else {
+        ++barrier.arrived;
+        release(barrier.known);
+    }
+    if (int(barrier.waiting.size()) + barrier.arrived < barrier.expected) {
+        if (waits) wait(name, site);
         return;
     }
     ++m.statistics.barriers;
-    synchronise(barrier.waiting);
-    for (int t : barrier.waiting) m.warps[t / 32].ready |= 1u << t % 32;
+    synchronise(barrier.waiting, barrier.arrived ? &barrier.known : nullptr);
+    wake(barrier.waiting);
     barrier.waiting.clear();
+    barrier.came.reset();
+    barrier.arrived = 0;
+    memset(barrier.known, 0, sizeof barrier.known);
     barrier.result = barrier.sum;
     barrier.sum = 0;
 }
+
+}  // namespace
+
+void block_barrier(const char* name, int id, int threads, Site site) { come(name, id, threads, true, site); }
+void barrier_arrive(const char* name, int id, int threads, Site site) { come(name, id, threads, false, site); }
 
 int block_count(int predicate, Site site) {
     m.barriers[0].sum += predicate != 0;
@@ -589,8 +579,9 @@ void warp_collective(const char* name, Site site, void* operands, Compute comput
 
 void warp_barrier(Site site) {
     warp_collective("__syncwarp", site, nullptr, [](void* const*) {
-        int w = m.self / 32;
-        m.known[w][w] = ++m.clock[w];
+        static std::vector<int> lanes(32);
+        for (int l = 0; l < 32; ++l) lanes[size_t(l)] = m.self / 32 * 32 + l;
+        synchronise(lanes, nullptr);
     });
 }
 
@@ -696,14 +687,6 @@ struct MmaOperand {
     const uint32_t* a;
     uint32_t b[2];
 };
-
-double truncated(double x) {
-    uint64_t u;
-    memcpy(&u, &x, sizeof u);
-    u &= ~uint64_t((1u << 29) - 1);
-    memcpy(&x, &u, sizeof u);
-    return x;
-}
 
 template <int K, int Block, class Load> void multiply(void* const operands[32], Load load) {
     double a[16][K], b[K][8], c[16][8];

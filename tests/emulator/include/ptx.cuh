@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "machine_sm90.h"
+
 #define SHARED_MEMORY(name) unsigned char* name = ::emulator::shared_memory()
 
 // ---- element types ------------------------------------------------------------------------------------------------
@@ -47,6 +49,10 @@ inline void reduce_add4(float* address, float a, float b, float c, float d, emul
 }
 
 // ---- asynchronous copies: global to shared ------------------------------------------------------------------------
+
+inline uint32_t shared_address(const void* p, emulator::Site site = EMULATOR_CALLER) {
+    return emulator::shared_address(p, site);
+}
 
 inline void copy_async16(void* shared, const void* global, bool valid, emulator::Site site = EMULATOR_CALLER) {
     emulator::copy_async(shared, global, 16, valid, site);

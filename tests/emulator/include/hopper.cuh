@@ -1,0 +1,88 @@
+// Stands in for the kernels' hopper.cuh: the same names and meanings, carried out by the emulated machine.
+#pragma once
+#include "ptx.cuh"
+#include "tensor_map.cuh"
+
+constexpr int WARPGROUP = 128;  // threads
+
+inline int uniform(int x, emulator::Site site = EMULATOR_CALLER) {
+    return emulator_shuffle("uniform", 0xffffffffu, x, 0, site);
+}
+
+// ---- registers ----------------------------------------------------------------------------------------------------
+
+template <int N> inline void take_registers(emulator::Site site = EMULATOR_CALLER) {
+    static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+    emulator::set_registers("take_registers", N, true, site);
+}
+template <int N> inline void give_registers(emulator::Site site = EMULATOR_CALLER) {
+    static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+    emulator::set_registers("give_registers", N, false, site);
+}
+
+// ---- barriers -----------------------------------------------------------------------------------------------------
+
+inline void barrier_arrive(int id, int threads, emulator::Site site = EMULATOR_CALLER) {
+    emulator::barrier_arrive("barrier_arrive", id, threads, site);
+}
+inline void mbarrier_init(uint32_t barrier, int arrivals, emulator::Site site = EMULATOR_CALLER) {
+    emulator::mbarrier_init(barrier, arrivals, site);
+}
+inline void mbarrier_init_fence() { emulator::mbarrier_init_fence(); }
+inline void mbarrier_arrive(uint32_t barrier, emulator::Site site = EMULATOR_CALLER) {
+    emulator::mbarrier_arrive("mbarrier_arrive", barrier, 0, site);
+}
+inline void mbarrier_expect(uint32_t barrier, int bytes, emulator::Site site = EMULATOR_CALLER) {
+    emulator::mbarrier_arrive("mbarrier_expect", barrier, bytes, site);
+}
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity, emulator::Site site = EMULATOR_CALLER) {
+    emulator::mbarrier_wait(barrier, parity, site);
+}
+inline bool mbarrier_test(uint32_t barrier, uint32_t parity, emulator::Site site = EMULATOR_CALLER) {
+    return emulator::mbarrier_test(barrier, parity, site);
+}
+
+// ---- the copy engine ----------------------------------------------------------------------------------------------
+
+inline void prefetch_map(const TensorMap& map, emulator::Site site = EMULATOR_CALLER) {
+    emulator::require_map("prefetch_map", map, site);
+}
+inline void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row, int head, int batch,
+                     emulator::Site site = EMULATOR_CALLER) {
+    emulator::load_box(to, map, barrier, column, row, head, batch, site);
+}
+inline void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier,
+                       emulator::Site site = EMULATOR_CALLER) {
+    emulator::load_bytes(to, from, bytes, barrier, site);
+}
+inline void store_box(const TensorMap& map, uint32_t from, int column, int row, int head, int batch,
+                      emulator::Site site = EMULATOR_CALLER) {
+    emulator::store_box(map, from, column, row, head, batch, site);
+}
+inline void store_box_commit() { emulator::store_box_commit(); }
+template <int N> inline void store_box_wait() { emulator::store_box_wait(N); }
+inline void fence_async() { emulator::fence_async(); }
+inline void fence_async_global() {}  // launches run one after another
+
+// ---- products of a warpgroup: wgmma.cuh has the shapes ------------------------------------------------------------
+
+using Descriptor = uint64_t;
+template <int PITCH> inline Descriptor describe(uint32_t address, uint32_t leading = 16) {
+    static_assert(PITCH == 128 || PITCH == 64 || PITCH == 32);
+    constexpr uint32_t SWIZZLE = PITCH == 128 ? 1 : PITCH == 64 ? 2 : 3;
+    constexpr uint32_t HIGH = (8 * PITCH >> 4) | SWIZZLE << 30;
+    return uint64_t(HIGH) << 32 | ((address >> 4) | (leading >> 4) << 16);
+}
+
+inline void product_fence() { emulator::product_fence(); }
+inline void product_commit() { emulator::product_commit(); }
+template <int N> inline void product_wait(emulator::Site site = EMULATOR_CALLER) { emulator::product_wait(N, site); }
+template <int N> inline void hold(float (&)[N]) {}
+template <int N> inline void hold(uint32_t (&)[N]) {}
+
+// ---- matrix fragments ---------------------------------------------------------------------------------------------
+
+inline void store_matrix_x4(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
+                            emulator::Site site = EMULATOR_CALLER) {
+    emulator::store_matrix_x4(row, {a, b, c, d}, site);
+}
