@@ -28,6 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cosattn._version import __version__
 
 Work = Callable[[], object]
+Probe = Callable[[], tuple[float, float]]
+"""Reads (SM clock in MHz, power in W) of the GPU as it is now."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,11 +43,16 @@ SDPA_BACKENDS: dict[str, SDPBackend] = {
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One contender's result. ``milliseconds`` is None when it could not run; ``note`` then says why."""
+    """One contender's result. ``milliseconds`` is None when it could not run; ``note`` then says why.
+
+    Clock and power are medians of what a probe read while the contender ran, None without a probe.
+    """
 
     milliseconds: float | None
     repeats: int = 0
     note: str = ""
+    sm_clock_mhz: float | None = None
+    power_w: float | None = None
 
 
 class Stopwatch:
@@ -56,13 +63,25 @@ class Stopwatch:
         budget_s: seconds of measuring allowed for each contender (warm-up excluded).
         least: fewest timed repeats.
         most: most timed repeats.
+        heat_s: seconds of untimed turns before the timed ones, for all contenders of a case together.
+        probe: called up to five times for each contender, while its work runs.
     """
 
-    def __init__(self, device: torch.device, budget_s: float = 0.3, least: int = 5, most: int = 50) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        budget_s: float = 0.3,
+        least: int = 5,
+        most: int = 50,
+        heat_s: float = 0.0,
+        probe: Probe | None = None,
+    ) -> None:
         self.device = device
         self.budget_s = budget_s
         self.least = least
         self.most = most
+        self.heat_s = heat_s
+        self.probe = probe
         self._flush: Tensor | None = None
         if device.type == "cuda":
             l2_bytes = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
@@ -70,31 +89,36 @@ class Stopwatch:
 
     def compare(self, contenders: dict[str, Work]) -> dict[str, Timing]:
         """Median time of each contender, measured in one interleaved loop. One that fails is reported, not raised."""
-        results: dict[str, Timing] = {}
-        alive: dict[str, Work] = {}
+        failed: dict[str, Timing] = {}
         host_s: dict[str, float] = {}
         longest_s = 0.0
         for name, work in contenders.items():
             try:
                 host_s[name], seconds = self._warm_up(work)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                results[name] = Timing(None, note="out of memory")
             except Exception as error:  # a benchmark goes on without the contender and says why
-                results[name] = Timing(None, note=_first_line(error))
+                failed[name] = _failure(error)
             else:
-                alive[name] = work
                 longest_s = max(longest_s, seconds)
         repeats = max(self.least, min(self.most, int(self.budget_s / max(longest_s, 1e-9))))
-        samples: dict[str, list[float]] = {name: [] for name in alive}
-        names = list(alive)
-        for turn in range(repeats):
-            first = turn % max(len(names), 1)
+        samples: dict[str, list[float]] = {name: [] for name in host_s}
+        readings: dict[str, list[tuple[float, float]]] = {name: [] for name in host_s}
+        hot_at = time.perf_counter() + self.heat_s
+        turn = 0
+        while turn < repeats and len(failed) < len(contenders):
+            heating = time.perf_counter() < hot_at
+            names = [name for name in host_s if name not in failed]
+            first = turn % len(names)
+            probe = None if heating or turn % max(repeats // 4, 1) else self.probe
             for name in names[first:] + names[:first]:
-                samples[name].append(self._once(alive[name], host_s[name]))
-        for name in names:
-            results[name] = Timing(statistics.median(samples[name]), repeats)
-        return {name: results[name] for name in contenders}
+                try:
+                    milliseconds = self._once(contenders[name], host_s[name], probe, readings[name])
+                except Exception as error:
+                    failed[name] = _failure(error)
+                else:
+                    if not heating:
+                        samples[name].append(milliseconds)
+            turn += not heating
+        return {name: failed.get(name) or _timing(samples[name], readings[name]) for name in contenders}
 
     def _warm_up(self, work: Work) -> tuple[float, float]:
         """(host seconds, total seconds) of one call, after a first call that may compile."""
@@ -107,9 +131,11 @@ class Stopwatch:
             host.append(time.perf_counter() - start)
             self._synchronize()
             total.append(time.perf_counter() - start)
+            if sum(total) > self.budget_s:  # so slow that the next call would tell nothing new
+                break
         return min(host), min(total)
 
-    def _once(self, work: Work, host_s: float) -> float:
+    def _once(self, work: Work, host_s: float, probe: Probe | None, readings: list[tuple[float, float]]) -> float:
         if self._flush is None:
             start = time.perf_counter()
             work()
@@ -121,6 +147,8 @@ class Stopwatch:
         before.record()
         work()
         after.record()
+        if probe is not None:
+            readings.append(probe())
         after.synchronize()
         return float(before.elapsed_time(after))
 
@@ -261,6 +289,18 @@ def _nvidia_smi() -> dict[str, object]:
     if done.returncode != 0 or not done.stdout.strip():
         return {}
     return dict(zip(fields, (cell.strip() for cell in done.stdout.splitlines()[0].split(",")), strict=False))
+
+
+def _timing(samples: Sequence[float], readings: Sequence[tuple[float, float]]) -> Timing:
+    clock, power = (statistics.median(values) for values in zip(*readings, strict=True)) if readings else (None, None)
+    return Timing(statistics.median(samples), len(samples), sm_clock_mhz=clock, power_w=power)
+
+
+def _failure(error: Exception) -> Timing:
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return Timing(None, note="out of memory")
+    return Timing(None, note=_first_line(error))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,17 +1,20 @@
-"""What cosattn is compared with, beside ``F.scaled_dot_product_attention`` (``cosattn.bench.sdpa``)."""
+"""What cosattn is compared with: plain attention, the original package, and the rivals on a Hopper GPU."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cosattn.bench import sdpa
 
 
 def grouped_normalize(x: Tensor, groups: int = 1) -> Tensor:
@@ -62,3 +65,64 @@ def original_triton() -> Callable[..., Tensor]:
         sys.modules[extension] = stand_in
     module = importlib.import_module(f"{package}.triton_flash_cosine_sim_attention")
     return module.triton_flash_cosine_sim_attention  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An attention kernel that cosattn is measured against. It gets q and k normalised already."""
+
+    name: str
+    attention: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor]
+    """Of q, k and v ``(B, H, S, D)``, the scale and whether it is causal."""
+    version: str
+    backward: bool = True
+    compiles: bool = False
+    """Whether torch.compile takes it whole, together with the normalisation before it."""
+
+
+def sdpa_rival(name: str, backend: str) -> Rival:
+    """One backend of PyTorch's own attention."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+        return sdpa(q, k, v, scale=scale, causal=causal, backend=backend, normalize=False)
+
+    release = f"cuDNN {torch.backends.cudnn.version()}" if backend == "cudnn" else f"torch {torch.__version__}"
+    return Rival(name, attention, release, compiles=True)
+
+
+def flash_rival(name: str, module: str, package: str, backward: bool) -> Rival:
+    """The ``flash_attn_func`` of a module, which takes ``(B, S, H, D)``.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    function = importlib.import_module(module).flash_attn_func
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+        out = function(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, causal=causal)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    try:
+        release = version(package)
+    except PackageNotFoundError:  # only the files were put on the path
+        release = "of unknown version"
+    return Rival(name, attention, f"{package} {release}", backward)
+
+
+RIVALS: dict[str, Callable[[], Rival]] = {
+    "cudnn": lambda: sdpa_rival("cuDNN", "cudnn"),
+    "fa3": lambda: flash_rival("FA3", "fa3_fwd_interface", "fa3-fwd", backward=False),
+    "fa4": lambda: flash_rival("FA4", "flash_attn.cute", "flash-attn-4", backward=True),
+    "flash": lambda: sdpa_rival("FA2", "flash"),
+}
+
+
+def load_rivals(keys: Sequence[str]) -> tuple[list[Rival], dict[str, str]]:
+    """Those of ``RIVALS`` that can be imported here, and why the others can not."""
+    rivals, missing = [], {}
+    for key in keys:
+        try:
+            rivals.append(RIVALS[key]())
+        except Exception as error:  # a broken installation raises anything
+            missing[key] = f"{type(error).__name__}: {error}"
+    return rivals, missing

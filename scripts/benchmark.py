@@ -5,12 +5,16 @@
     python scripts/benchmark.py --only-forwards    or --only-backwards, --causal, --mask-prob 0.25
     python scripts/benchmark.py --all --output docs/results/tables.json      every one of those tables
     python scripts/benchmark.py --suite speed      bf16, 16k tokens, hidden 2048, against FlashAttention-2 and cuDNN
+    python scripts/benchmark.py --suite hopper     bf16, d 32 ... 256, S 512 ... 64k, against cuDNN, FA3 and FA4
+    python scripts/benchmark.py --suite today      the same for S up to 4096, theirs normalising under torch.compile
+    python scripts/benchmark.py --suite flat       cosattn alone, S 64k ... 1M
     python scripts/benchmark.py --suite windows    vision windows with bias and mask
     python scripts/benchmark.py --suite memory     peak extra memory
     python scripts/benchmark.py --suite host       host time per call, first call cold and warm
 
-In every suite cosattn's L2 norm is inside its time. `speed` gives the others normalised inputs, so their norm is not in
-theirs; the other suites compare with what a user would write, normalisation included.
+In every suite cosattn's L2 norm is inside its time. `speed` and `hopper` give the others normalised inputs, so their
+norm is not in theirs; the other suites compare with what a user would write, normalisation included. `hopper`, `today`
+and `flat` take --head-dim, --seq-len, --causal-only and --full-only. FA3 and FA4 are found by their imports.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,83 +40,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baselines import original_triton, plain_attention
+import hopper
+from baselines import RIVALS, load_rivals, original_triton, plain_attention
+from cases import OURS, SCALE, Case, Inputs, cosattn_work, make_inputs, row_of
 from machine import environment
 from plot import Line, Panel, figure
+from sensor import sensor
 
 from cosattn import cosine_attention
 from cosattn.arch import arch_of
-from cosattn.bench import DTYPES, Stopwatch, Timing, directions, host_microseconds, sdpa, table, tflops
+from cosattn.bench import DTYPES, Stopwatch, directions, host_microseconds, sdpa, table
 from cosattn.spec import KernelSpec, softmax_mode
 
-OURS = "cosattn"
-SCALE = 8.0
 SEED_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem to time: ``mask_prob`` is the share of keys masked out, ``bias`` a (H, S, S) bias with gradient."""
-
-    dtype: str
-    batch: int
-    heads: int
-    head_dim: int
-    seq_len: int
-    direction: str
-    causal: bool = False
-    mask_prob: float = 0.0
-    bias: bool = False
-
-    @property
-    def label(self) -> str:
-        features = ["causal"] * self.causal + [f"mask {self.mask_prob:g}"] * bool(self.mask_prob) + ["bias"] * self.bias
-        shape = f"b{self.batch} h{self.heads} d{self.head_dim} S{self.seq_len}"
-        return " ".join([self.dtype, shape, *features, self.direction])
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one case."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    bias: Tensor | None
-
-    @property
-    def all(self) -> list[Tensor]:
-        return [x for x in (self.q, self.k, self.v, self.bias) if x is not None]
-
-
-def make_inputs(case: Case, device: torch.device, heads_last: bool = False) -> Inputs:
-    """Random normal q, k, v (requiring gradients), a random key mask that always keeps key 0, a random bias.
-
-    ``heads_last`` stores (B, S, H, D), as a projection gives it and as flash attention likes it best.
-    """
-    torch.manual_seed(0)
-    sizes = (case.batch, case.heads, case.seq_len, case.head_dim)
-    stored = [sizes[i] for i in (0, 2, 1, 3)] if heads_last else sizes
-    values = (torch.randn(stored, device=device, dtype=DTYPES[case.dtype]) for _ in range(3))
-    q, k, v = ((x.transpose(1, 2) if heads_last else x).requires_grad_() for x in values)
-    mask = bias = None
-    if case.mask_prob:
-        mask = torch.rand(case.batch, case.seq_len, device=device) >= case.mask_prob
-        mask[:, 0] = True
-    if case.bias:
-        bias_shape = (case.heads, case.seq_len, case.seq_len)
-        bias = torch.randn(bias_shape, device=device, dtype=DTYPES[case.dtype], requires_grad=True)
-    return Inputs(q, k, v, mask, bias)
-
-
-def cosattn_work(case: Case, x: Inputs) -> Callable[[], object]:
-    """Our side of a case."""
-    return directions(
-        lambda: cosine_attention(x.q, x.k, x.v, scale=SCALE, causal=case.causal, mask=x.mask, attn_bias=x.bias),
-        x.all,
-        case.direction,
-    )
 
 
 def sdpa_mask(case: Case, x: Inputs) -> Callable[[], tuple[Tensor | None, bool]]:
@@ -148,25 +89,6 @@ def best_sdpa_backend(case: Case, x: Inputs, device: torch.device) -> str | None
     return min(ran, key=lambda name: ran[name]) if ran else "math"
 
 
-def row_of(case: Case, timings: dict[str, Timing], **extra: object) -> dict[str, Any]:
-    """One result row: times, ratios to ours (above 1: cosattn is faster) and TFLOP/s."""
-    ours = timings[OURS].milliseconds
-    times = {name: t.milliseconds for name, t in timings.items() if t.milliseconds is not None}
-
-    def rate(ms: float) -> float:
-        return tflops(
-            case.direction, case.batch, case.heads, case.seq_len, case.seq_len, case.head_dim, case.causal, ms
-        )
-
-    return {
-        "case": asdict(case),
-        "timings": {name: asdict(t) for name, t in timings.items()},
-        "ratios": {name: ms / ours for name, ms in times.items() if name != OURS} if ours else {},
-        "tflops": {name: rate(ms) for name, ms in times.items()},
-        **extra,
-    }
-
-
 # The seed's tables
 
 
@@ -183,10 +105,11 @@ def table_cases(args: argparse.Namespace) -> list[Case]:
             ("both", False, 0.25),
         ]
     return [
-        Case(dtype, args.batch, args.heads, args.head_dim, length, direction, causal, mask_prob)
+        Case(dtype, args.batch, args.heads, head_dim, length, direction, causal, mask_prob)
         for direction, causal, mask_prob in variants
         for dtype in args.dtype
-        for length in args.seq_len
+        for head_dim in args.head_dim or [64]
+        for length in args.seq_len or SEED_LENGTHS
     ]
 
 
@@ -430,22 +353,22 @@ def prebuild(specs: Sequence[KernelSpec]) -> float:
 # Output
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """The last thing printed: one line a case."""
-    if not rows:
-        print("nothing was measured")
-    elif "timings" in rows[0]:
-        names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
-        header = ["case", *(f"{name} ms" for name in names), *(f"x {name}" for name in names if name != OURS)]
-        lines = []
-        for row in rows:
-            cells = [cell_of(row["timings"].get(name)) for name in names]
-            ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "-" for name in names if name != OURS]
-            lines.append([Case(**row["case"]).label, *cells, *ratios])
-        print(table(header, lines))
-    else:
-        for row in rows:
-            print(json.dumps(row))
+def times_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a case: milliseconds and ratios."""
+    names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+    header = ["case", *(f"{name} ms" for name in names), *(f"x {name}" for name in names if name != OURS)]
+    lines = []
+    for row in rows:
+        cells = [cell_of(row["timings"].get(name)) for name in names]
+        ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "-" for name in names if name != OURS]
+        lines.append([Case(**row["case"]).label, *cells, *ratios])
+    return table(header, lines)
+
+
+def times_line(row: dict[str, Any]) -> str:
+    """Our milliseconds and the ratios of one case."""
+    ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row["ratios"].items())
+    return f"{Case(**row['case']).label}: {cell_of(row['timings'][OURS])} ms; {ratios}"
 
 
 def cell_of(timing: dict[str, Any] | None) -> str:
@@ -457,8 +380,8 @@ def cell_of(timing: dict[str, Any] | None) -> str:
     return f"{timing['milliseconds']:.3f}"
 
 
-def plot_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds over sequence length, one panel for each variant and dtype."""
+def plot_of(rows: Sequence[dict[str, Any]], rates: bool = False) -> str:
+    """Milliseconds, or TFLOP/s, over sequence length, one panel for each variant and dtype."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         case = Case(**row["case"])
@@ -469,25 +392,49 @@ def plot_of(rows: Sequence[dict[str, Any]]) -> str:
         lines = panels.setdefault(title, {})
         for name, timing in row["timings"].items():
             if timing["milliseconds"] is not None:
-                lines.setdefault(name, []).append((case.seq_len, timing["milliseconds"]))
+                value = row["tflops"][name] if rates else timing["milliseconds"]
+                lines.setdefault(name, []).append((case.seq_len, value))
+    unit = "TFLOP/s" if rates else "milliseconds"
     return figure(
         [
-            Panel(title, "sequence length", "milliseconds", [Line(name, points) for name, points in lines.items()])
+            Panel(title, "sequence length", unit, [Line(*line) for line in lines.items()], log_y=not rates)
             for title, lines in panels.items()
         ]
     )
 
 
-TIMED: dict[str, tuple[Callable[[argparse.Namespace], list[Case]], Callable[[Case, Stopwatch], dict[str, Any]]]] = {
-    "tables": (table_cases, run_table),
-    "speed": (speed_cases, run_speed),
-    "windows": (window_cases, run_windows),
+@dataclass(frozen=True)
+class Suite:
+    """Cases that are timed one by one, and how they are shown."""
+
+    cases: Callable[[argparse.Namespace], list[Case]]
+    run: Callable[..., dict[str, Any]]
+    """Of a case and a stopwatch; also of the rivals where ``rivals`` says so."""
+    rivals: bool = False
+    line: Callable[[dict[str, Any]], str] = times_line
+    summary: Callable[[Sequence[dict[str, Any]]], str] = times_table
+    rates: bool = False
+    """TFLOP/s in the plot, clock and power in the rows."""
+    budget_s: float = 0.25
+    least: int = 5
+    most: int = 50
+    heat_s: float = 0.0
+
+
+GRID = partial(Suite, line=hopper.rates_line, summary=hopper.summary, rates=True, budget_s=0.2, most=100, heat_s=0.1)
+TIMED: dict[str, Suite] = {
+    "tables": Suite(table_cases, run_table),
+    "speed": Suite(speed_cases, run_speed),
+    "windows": Suite(window_cases, run_windows),
+    "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True),
+    "today": GRID(hopper.today_cases, hopper.run_today, rivals=True),
+    "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3),
 }
 OTHER: dict[str, Callable[[torch.device], Iterator[dict[str, Any]]]] = {"memory": run_memory, "host": run_host}
 
 
 def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Every row of a suite, until the time limit."""
+    """Every row of a suite, until the time limit or until the GPU no longer answers."""
     deadline = time.monotonic() + 60 * args.minutes
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"suite": args.suite, "environment": environment(device), "complete": True, "rows": rows}
@@ -496,25 +443,47 @@ def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             rows.append(row)
             print(json.dumps(row), flush=True)
         return result
-    make_cases, run = TIMED[args.suite]
-    cases = make_cases(args)
+    suite = TIMED[args.suite]
+    cases, run = suite.cases(args), suite.run
+    if suite.rivals:
+        rivals, result["missing"] = load_rivals(args.rivals)
+        result["rivals"] = {rival.name: rival.version for rival in rivals}
+        run = partial(run, rivals=rivals)
+        print(f"against {result['rivals'] or 'nobody'}; missing: {result['missing'] or 'none'}", flush=True)
     if device.type == "cuda":
         result["prebuild_s"] = prebuild(needed_specs(cases, device))
         print(f"kernels ready after {result['prebuild_s']:.1f} s", flush=True)
-    stopwatch = Stopwatch(device, budget_s=args.budget, least=args.least)
+    stopwatch = Stopwatch(
+        device,
+        budget_s=args.budget or suite.budget_s,
+        least=args.least or suite.least,
+        most=suite.most,
+        heat_s=suite.heat_s,
+        probe=sensor(device) if suite.rates else None,
+    )
     for number, case in enumerate(cases, 1):
         if time.monotonic() > deadline:
             result["complete"] = False
             print(f"time limit: {len(cases) - number + 1} of {len(cases)} cases not measured", flush=True)
             break
-        row = run(case, stopwatch)
+        try:
+            row = run(case, stopwatch)
+        except Exception as error:  # outside the stopwatch: after a fault of the GPU nothing works any more
+            result["complete"] = False
+            print(f"stopped at {case.label}: {type(error).__name__}: {error}", flush=True)
+            break
         rows.append(row)
-        ours = cell_of(row["timings"][OURS])
-        ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row["ratios"].items())
-        print(f"[{number}/{len(cases)}] {case.label}: {ours} ms; {ratios}", flush=True)
+        print(f"[{number}/{len(cases)}] {suite.line(row)}", flush=True)
+        save(result, args.output)  # a contender may end the process
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return result
+
+
+def save(result: dict[str, Any], output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -529,13 +498,23 @@ def parser() -> argparse.ArgumentParser:
         "--all", action="store_true", help="tables: forward, backward, both, causal and mask 0.25 in one run"
     )
     p.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    p.add_argument("--seq-len", nargs="+", type=int, default=list(SEED_LENGTHS))
+    p.add_argument("--seq-len", nargs="+", type=int, help="default: those of the suite")
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--heads", type=int, default=8)
-    p.add_argument("--head-dim", type=int, default=64)
+    p.add_argument("--head-dim", nargs="+", type=int, help="default: those of the suite, 64 for the tables")
+    p.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], help="hopper, today")
+    only = p.add_mutually_exclusive_group()
+    only.add_argument("--causal-only", action="store_true", help="hopper, today, flat")
+    only.add_argument("--full-only", action="store_true", help="hopper, today, flat")
+    p.add_argument(
+        "--rivals",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=["cudnn", "fa3", "fa4"],
+        help=f"hopper, today: of {','.join(RIVALS)}, or '' for none; what can not be imported is left out",
+    )
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--budget", type=float, default=0.25, help="seconds of measuring for each contender of each case")
-    p.add_argument("--least", type=int, default=5, help="fewest timed repeats")
+    p.add_argument("--budget", type=float, help="seconds of measuring for each contender of each case")
+    p.add_argument("--least", type=int, help="fewest timed repeats")
     p.add_argument("--minutes", type=float, default=9.0, help="stop after this long and say what is missing")
     p.add_argument("--output", type=Path, help="JSON file; the plot goes beside it as .svg")
     return p
@@ -547,19 +526,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = p.parse_args(arguments)
     if args.only_forwards and args.only_backwards:
         p.error("--only-forwards and --only-backwards exclude each other")
+    if unknown := set(args.rivals) - set(RIVALS):
+        p.error(f"--rivals takes some of {','.join(RIVALS)}, not {','.join(sorted(unknown))}")
     device = torch.device(args.device)
     if device.type != "cuda" and args.suite != "tables":
         p.error(f"--suite {args.suite} measures a GPU, and there is none here; --suite tables also runs on a CPU")
     result = run_suite(args, device)
     print(", ".join(f"{name} {value}" for name, value in result["environment"].items()))
-    print_rows(result["rows"])
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-        if args.suite in TIMED:
-            args.output.with_suffix(".svg").write_text(plot_of(result["rows"]))
-    failed = [row for row in result["rows"] if "timings" in row and row["timings"][OURS]["milliseconds"] is None]
-    return 0 if result["rows"] and result["complete"] and not failed else 1
+    rows = result["rows"]
+    if not rows:
+        print("nothing was measured")
+    elif args.suite in TIMED:
+        print(TIMED[args.suite].summary(rows))
+    save(result, args.output)
+    if args.output is not None and args.suite in TIMED:
+        args.output.with_suffix(".svg").write_text(plot_of(rows, TIMED[args.suite].rates))
+    failed = [row for row in rows if "timings" in row and row["timings"][OURS]["milliseconds"] is None]
+    return 0 if rows and result["complete"] and not failed else 1
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hopper import SUMMARY_HEADER, best_rival, summary_rows
 from plot import Line, Panel, figure
 
 from cosattn import env, support
@@ -155,6 +156,85 @@ def speed_block(results: Results) -> str:
             parts.append(table(header, lines))
     note = "cosattn's figures include its L2 norm (forward and backward); the others get inputs normalised beforehand."
     return "\n\n".join([*parts, f"{note} {machine(result)}", *results.plot("speed", "milliseconds over length")])
+
+
+def hopper_results(results: Results) -> dict[str, Result]:
+    """The grids of a Hopper GPU there are, by direction."""
+    found = {direction: results.get(f"hopper_{direction}") for direction in ("forward", "backward")}
+    return {direction: result for direction, result in found.items() if result is not None}
+
+
+def hopper_note(result: Result) -> str:
+    rivals = ", ".join(f"{name} is {version}" for name, version in result["rivals"].items())
+    missing = f" Not measured: {', '.join(result['missing'])}." if result["missing"] else ""
+    return (
+        f"cosattn's figures include its L2 norm; the others get normalised inputs. {rivals}.{missing} {machine(result)}"
+    )
+
+
+def hopper_sizes(result: Result) -> dict[tuple[int, int], dict[bool, Result]]:
+    """Rows by (head dim, length), then by causal."""
+    sizes: dict[tuple[int, int], dict[bool, Result]] = {}
+    for row in result["rows"]:
+        case = row["case"]
+        sizes.setdefault((case["head_dim"], case["seq_len"]), {})[case["causal"]] = row
+    return sizes
+
+
+def hopper_cells(row: Result | None) -> list[str]:
+    """TFLOP/s of cosattn and of the best rival, their ratio, clock and power while cosattn ran."""
+    if row is None:
+        return ["-"] * 4
+    best, timing = best_rival(row), row["timings"][OURS]
+    others = {name: rate for name, rate in row["tflops"].items() if name != OURS}
+    name = max(others, key=lambda n: others[n], default=None)
+    return [
+        f"{row['tflops'][OURS]:.0f}" if OURS in row["tflops"] else shown(row, OURS),
+        f"{others[name]:.0f} {name}" if name else "-",
+        f"{best[1]:.2f}×" if best else "-",
+        f"{timing['sm_clock_mhz']:.0f} MHz {timing['power_w']:.0f} W" if timing.get("sm_clock_mhz") else "-",
+    ]
+
+
+def hopper_block(results: Results) -> str:
+    """The whole grid of each direction, and its geometric means; nothing before it is measured."""
+    parts = []
+    for direction, result in hopper_results(results).items():
+        columns = ("cosattn", "best other", "ratio", "clock, power")
+        header = [f"{direction}, TFLOP/s", *columns, *(f"causal: {column}" for column in columns)]
+        lines = [
+            [f"d {head_dim}, S {length}", *hopper_cells(rows.get(False)), *hopper_cells(rows.get(True))]
+            for (head_dim, length), rows in hopper_sizes(result).items()
+        ]
+        parts += [table(header, lines), table(SUMMARY_HEADER, summary_rows(result["rows"])), hopper_note(result)]
+        parts += results.plot(f"hopper_{direction}", "TFLOP/s over length")
+    return "\n\n".join(["## Against the kernels of a Hopper GPU", *parts] if parts else [])
+
+
+def hopper_short_block(results: Results) -> str:
+    """One line for each head dim and mask: TFLOP/s and, in brackets, the ratio to the best rival."""
+    parts = []
+    for direction, result in hopper_results(results).items():
+        sizes = hopper_sizes(result)
+        lengths = list(dict.fromkeys(length for _, length in sizes))
+
+        def cell(row: Result | None) -> str:
+            rate, _, ratio, _ = hopper_cells(row)
+            return rate if ratio == "-" else f"{rate} ({ratio})"
+
+        lines = [
+            [f"d {d}{', causal' * causal}", *(cell(sizes.get((d, length), {}).get(causal)) for length in lengths)]
+            for d in dict.fromkeys(d for d, _ in sizes)
+            for causal in (False, True)
+            if any(causal in rows for (size, _), rows in sizes.items() if size == d)
+        ]
+        means = ", ".join(
+            f"{line[0].removeprefix(f'{direction}, ')} {line[2]}" for line in summary_rows(result["rows"])
+        )
+        note = f"In brackets: times the best of {', '.join(result['rivals'])}; geometric means: {means}. "
+        header = [f"{direction}, TFLOP/s", *(f"S {length}" for length in lengths)]
+        parts += [table(header, lines), note + hopper_note(result)]
+    return "\n\n".join(["### Against the kernels of a Hopper GPU", *parts] if parts else [])
 
 
 def windows_block(results: Results) -> str:
@@ -317,6 +397,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "support": support_block,
     "environment": environment_block,
     "speed": speed_block,
+    "hopper": hopper_block,
+    "hopper-short": hopper_short_block,
     "windows": windows_block,
     "memory": memory_block,
     "host": host_block,

@@ -7,10 +7,23 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))  # behind tests: both have an accuracy.py
+
+import baselines
+import benchmark
+import counters
+import hopper
+from baselines import Rival, load_rivals, sdpa_rival
+from cases import Case
+
+from cosattn.bench import Stopwatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,6 +177,216 @@ def test_an_unknown_marker_is_an_error(tmp_path: Path) -> None:
     page.write_text("<!-- begin nonsense -->\n<!-- end nonsense -->\n")
     run("scripts/tables.py", "--check", page, status=1)
     assert "nonsense" in page.read_text()
+
+
+CPU = torch.device("cpu")
+SMALL_CASE = Case("float32", 1, 2, 16, 32, "forward")
+
+
+def grid_row(head_dim: int, length: int, ours: float | None, causal: bool = False, **theirs: float | None) -> dict:
+    """A row of the grid from TFLOP/s; None is a contender that failed."""
+    rates = {"cosattn": ours} | theirs
+    case = hopper.square_case(head_dim, length, causal, "forward")
+    timings = {
+        name: {"milliseconds": 1 / rate, "note": "", "sm_clock_mhz": 1600.0, "power_w": 690.4}
+        if rate
+        else {"milliseconds": None, "note": "JITError: shape"}
+        for name, rate in rates.items()
+    }
+    return {
+        "case": vars(case),
+        "timings": timings,
+        "tflops": {name: rate for name, rate in rates.items() if rate},
+        "ratios": {name: ours / rate for name, rate in theirs.items() if ours and rate},
+    }
+
+
+GRID = [
+    grid_row(64, 512, 400.0, FA3=200.0, FA4=320.0),
+    grid_row(64, 512, 300.0, causal=True, FA3=375.0, FA4=None),
+    grid_row(128, 4096, 700.0, FA3=700.0, FA4=560.0),
+    grid_row(128, 65536, None, FA3=650.0),
+]
+
+
+def arguments(*words: str) -> object:
+    return benchmark.parser().parse_args(list(words))
+
+
+def test_cases_of_the_hopper_grid() -> None:
+    cases = hopper.hopper_cases(arguments())
+    assert len(cases) == len(set(cases)) == 70
+    assert {case.direction for case in cases} == {"forward"}
+    assert {case.batch * case.seq_len for case in cases} == {16384, 65536}
+    assert {case.head_dim: case.heads for case in cases} == {32: 64, 64: 32, 96: 21, 128: 16, 256: 8}
+    few = arguments("--head-dim", "64", "96", "--seq-len", "1024", "--causal-only", "--direction", "backward", "both")
+    assert [(c.head_dim, c.causal, c.direction) for c in hopper.hopper_cases(few)] == [
+        (64, True, "backward"),
+        (96, True, "backward"),
+        (64, True, "both"),
+        (96, True, "both"),
+    ]
+    today = hopper.today_cases(arguments("--full-only"))
+    assert len(today) == 5 * 4 * 2
+    assert max(case.seq_len for case in today) == 4096
+
+
+def test_long_cases_are_bounded() -> None:
+    cases = hopper.flat_cases(arguments())
+    assert {case.seq_len for case in cases} == {1 << power for power in range(16, 21)}
+    for case in cases:
+        work = 4 * case.heads * case.seq_len**2 * case.head_dim
+        assert work <= hopper.LONG_WORK or case.heads == 1
+        assert case.heads * case.seq_len >= 1 << 20  # tiles enough for every multiprocessor
+
+
+def test_the_suites_refuse_what_makes_no_sense() -> None:
+    run("scripts/benchmark.py", "--suite", "hopper", "--causal-only", "--full-only", status=2)
+    run("scripts/benchmark.py", "--suite", "hopper", "--rivals", "fa5", status=2)
+
+
+def test_summary_of_a_grid() -> None:
+    lines = {line[0]: line[1:] for line in hopper.summary_rows(GRID)}
+    assert list(lines) == ["forward, d ≤ 64", "forward, d 128", "forward, all"]
+    assert lines["forward, d ≤ 64"] == ["2", "1.000×", "0.800×", "d 64 S 512 causal, FA3"]  # of 1.25 and 0.8
+    assert lines["forward, d 128"][:2] == ["1", "1.000×"]
+    assert "failed in 1 of 4 cases: FA4: JITError: shape" in hopper.summary(GRID)
+    assert hopper.best_rival(GRID[0]) == ("FA4", 1.25)
+    assert hopper.best_rival(GRID[3]) is None
+    line = hopper.rates_line(GRID[1])
+    assert "FA4 failed (JITError: shape)" in line
+    assert "0.80× FA3; 1600 MHz 690 W" in line
+    assert "nothing" not in hopper.flat_summary(GRID)
+    assert hopper.flat_summary([grid_row(64, 1 << 16, 600.0), grid_row(64, 1 << 20, 570.0)]).endswith("|   5.0% |")
+
+
+def test_a_contender_that_fails_is_recorded_and_the_others_go_on() -> None:
+    calls = []
+
+    def late(*inputs: object) -> object:
+        calls.append(inputs)
+        if len(calls) > 5:
+            raise RuntimeError("illegal shape\nmore")
+        return torch.zeros(1)
+
+    def never(*inputs: object) -> object:
+        raise ValueError("no kernel")
+
+    fakes = [Rival("late", late, "1"), Rival("never", never, "1"), Rival("one way", never, "1", backward=False)]
+    stopwatch = Stopwatch(CPU, budget_s=0.01, least=4, heat_s=0.01, probe=lambda: (1.0, 2.0))
+    row = hopper.run_hopper(SMALL_CASE, stopwatch, [sdpa_rival("fine", "math"), *fakes])
+    notes = {name: timing["note"] for name, timing in row["timings"].items()}
+    assert notes == {
+        "cosattn": "",
+        "fine": "",
+        "late": "RuntimeError: illegal shape",
+        "never": "ValueError: no kernel",
+        "one way": "ValueError: no kernel",
+    }
+    assert set(row["ratios"]) == {"fine"}
+    assert row["timings"]["fine"]["repeats"] >= 4
+    backward = hopper.run_hopper(replace(SMALL_CASE, direction="backward"), stopwatch, fakes)
+    assert set(backward["timings"]) == {"cosattn", "late", "never"}
+
+
+def test_a_rival_that_can_not_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(baselines.RIVALS, "fa3", lambda: baselines.flash_rival("FA3", "no_such", "no-such", False))
+    rivals, missing = load_rivals(["cudnn", "fa3"])
+    assert [rival.name for rival in rivals] == ["cuDNN"]
+    assert missing["fa3"].startswith("ModuleNotFoundError")
+
+
+def test_a_rival_with_its_own_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_of_tests.py").write_text(
+        "def flash_attn_func(q, k, v, softmax_scale, causal):\n    return v * softmax_scale, None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rival = baselines.flash_rival("F", "flash_of_tests", "no-such-package", True)
+    v = torch.randn(1, 2, 3, 4)
+    assert torch.equal(rival.attention(v, v, v, 2.0, False), 2 * v)
+
+
+def test_the_compiled_rivals_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {}
+
+    def compare(case: Case, x: object, stopwatch: Stopwatch, theirs: dict) -> dict:
+        results.update({name: work() for name, work in theirs.items()})
+        return {}
+
+    monkeypatch.setattr(hopper, "compare", compare)
+    math = sdpa_rival("whole", "math")
+    hopper.run_today(SMALL_CASE, Stopwatch(CPU), [math, replace(math, name="norm alone", compiles=False)])
+    whole, norm = results.values()
+    assert torch.allclose(whole, norm, atol=1e-5)
+
+
+def test_a_suite_stops_when_the_gpu_no_longer_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: Case, stopwatch: Stopwatch) -> dict:
+        if case.seq_len > 512:
+            raise RuntimeError("an illegal memory access was encountered")
+        return GRID[0]
+
+    monkeypatch.setitem(benchmark.TIMED, "flat", benchmark.GRID(hopper.hopper_cases, broken))
+    output = tmp_path / "r.json"
+    words = ("--suite", "flat", "--head-dim", "64", "--full-only", "--output", str(output))
+    result = benchmark.run_suite(arguments(*words), CPU)
+    assert not result["complete"]
+    assert json.loads(output.read_text())["rows"] == [GRID[0]]
+    assert "<svg" in benchmark.plot_of(GRID, rates=True)
+
+
+def test_the_tables_of_a_grid(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- begin {name} -->\n\n<!-- end {name} -->\n" for name in ("hopper", "hopper-short")))
+    run("scripts/tables.py", "--check", "--results", results, page)  # not measured: not there
+    facts = {"date": "2026-01-01", "torch": "2", "cosattn": "0", "commit": "abc", "gpu": "NVIDIA H200"}
+    result = {"environment": facts, "rivals": {"FA3": "fa3 1"}, "missing": {"fa4": "ImportError: no"}, "rows": GRID}
+    (results / "hopper_forward.json").write_text(json.dumps(result))
+    run("scripts/tables.py", "--results", results, page)
+    text = re.sub(" +", " ", page.read_text())
+    first = "| d 64, S 512 | 400 | 320 FA4 | 1.25× | 1600 MHz 690 W | 300 | 375 FA3 | 0.80× | 1600 MHz 690 W |"
+    assert first in text
+    assert "| d 128, S 65536 | did not run | 650 FA3 | - | - | - | - | - | - |" in text
+    assert "| d 64, causal | 300 (0.80×) | - | - |" in text
+    assert "Not measured: fa4." in text
+    assert "geometric means: d ≤ 64 1.000×, d 128 1.000×, all 1.000×" in text
+
+
+REPORT = """==PROF== Connected to process 1
+"ID","Kernel Name","gpu__time_duration.sum","sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_selected_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"
+"","","nsecond","%","inst","inst","inst"
+"0","at::cuda::<unnamed>::spin_kernel(long)","1,500","n/a","9","9","9"
+"1","normalize_k(Params)","20,500","0","1.5","1","0.25"
+"2","void cosattn::forward<64>(Params)","1,234,500","77.7","0.5","1","2.25"
+"3","at::cuda::<unnamed>::spin_kernel(long)","1,500","n/a","9","9","9"
+""".replace("\\\n", "")
+
+
+def test_counters_of_a_report() -> None:
+    first, second = counters.calls_of(REPORT)
+    assert second == []  # a contender that failed
+    lines = [re.sub(" +", " ", line) for line in counters.table_of(first).splitlines()]
+    assert lines[0] == "| | normalize_k | forward |"
+    assert lines[2:] == [
+        "| time, µs | 20.5 | 1234.5 |",
+        "| tensor instructions, % | 0.0 | 77.7 |",
+        "| stall 1 | wait 1.50 | barrier 2.25 |",
+        "| stall 2 | barrier 0.25 | wait 0.50 |",
+    ]
+    assert counters.calls_of("==ERROR== no permission") == []
+
+
+def test_metrics_that_are_not_known_are_not_asked_for() -> None:
+    listing = "Device NVIDIA H200\nMetric Name   Type\nsm__cycles_active   Counter  cycle\n"
+    asked = ["sm__cycles_active.avg", "sm__pipe_of_tomorrow.avg", "launch__grid_size"]
+    assert counters.known(asked, listing) == ["sm__cycles_active.avg", "launch__grid_size"]
+    assert counters.known(asked, "") == asked
+    run("scripts/counters.py", "--head-dim", 64, status=2)
 
 
 def test_links_of_the_documents_exist() -> None:

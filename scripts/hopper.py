@@ -1,0 +1,206 @@
+"""The suites for a Hopper GPU: the grid against its fastest kernels, what a user runs today, and long sequences.
+
+hopper   raw q and k for cosattn, with the L2 norm inside its time; normalised inputs, and no norm, for the others
+today    the others normalise too, compiled by torch.compile, as they have to without cosattn
+flat     cosattn alone from 64k to 1M tokens: a kernel that streams keeps its speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from baselines import Rival
+from cases import OURS, SCALE, Case, Inputs, cosattn_work, make_inputs, row_of
+from torch import Tensor
+
+from cosattn.bench import Stopwatch, directions, table
+
+HEAD_DIMS = (32, 64, 96, 128, 256)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
+SHORT_LENGTHS = (512, 1024, 2048, 4096)
+LONG_LENGTHS = (1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)
+TOKENS, HIDDEN = 16384, 2048
+LONG_WORK = 3e14
+"""Operations of one call of ``flat``, about half a second; a single head of the longest may take more."""
+
+Row = dict[str, Any]
+
+
+# Cases
+
+
+def masks(args: argparse.Namespace) -> list[bool]:
+    """Values of ``causal``."""
+    return [False] * (not args.causal_only) + [True] * (not args.full_only)
+
+
+def square_case(head_dim: int, length: int, causal: bool, direction: str) -> Case:
+    """16k tokens, or one longer sequence, of hidden size 2048."""
+    return Case(
+        "bfloat16", max(1, TOKENS // length), round(HIDDEN / head_dim), head_dim, length, direction, causal=causal
+    )
+
+
+def grid(args: argparse.Namespace, lengths: Sequence[int], default_directions: Sequence[str]) -> list[Case]:
+    """Every combination that the command line leaves."""
+    return [
+        square_case(head_dim, length, causal, direction)
+        for direction in args.direction or default_directions
+        for head_dim in args.head_dim or HEAD_DIMS
+        for length in args.seq_len or lengths
+        for causal in masks(args)
+    ]
+
+
+def hopper_cases(args: argparse.Namespace) -> list[Case]:
+    return grid(args, LENGTHS, ["forward"])
+
+
+def today_cases(args: argparse.Namespace) -> list[Case]:
+    return grid(args, SHORT_LENGTHS, ["forward", "both"])
+
+
+def flat_cases(args: argparse.Namespace) -> list[Case]:
+    """As many heads, up to 16, as ``LONG_WORK`` allows."""
+    return [
+        Case("bfloat16", 1, heads, head_dim, length, "forward", causal)
+        for head_dim in args.head_dim or (64, 128)
+        for causal in masks(args)
+        for length in args.seq_len or LONG_LENGTHS
+        for heads in [max(1, min(16, int(LONG_WORK / (4 * length**2 * head_dim))))]
+    ]
+
+
+# Measuring one case
+
+
+def run_hopper(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
+    """Ours with the L2 norm, theirs on inputs normalised beforehand; tensors stored (B, S, H, D)."""
+    x = make_inputs(case, stopwatch.device, heads_last=True)
+    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
+
+    def theirs(rival: Rival) -> Callable[[], object]:
+        inputs = (q, k, x.v)
+        return directions(lambda: rival.attention(*inputs, SCALE, case.causal), inputs, case.direction)
+
+    return compare(case, x, stopwatch, {rival.name: theirs(rival) for rival in able(rivals, case)})
+
+
+def run_today(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
+    """Theirs normalise: all of it compiled where torch.compile takes the kernel, else the normalisation alone."""
+    torch.compiler.reset()
+    x = make_inputs(case, stopwatch.device, heads_last=True)
+
+    def normalize(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+
+    compiled = torch.compile(normalize, dynamic=False)
+
+    def theirs(rival: Rival) -> Callable[[], object]:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return rival.attention(*(normalize if rival.compiles else compiled)(q, k), v, SCALE, case.causal)
+
+        whole = torch.compile(attention, dynamic=False) if rival.compiles else attention
+        return directions(lambda: whole(x.q, x.k, x.v), x.all, case.direction)
+
+    return compare(case, x, stopwatch, {f"{r.name}, compiled": theirs(r) for r in able(rivals, case)})
+
+
+def run_flat(case: Case, stopwatch: Stopwatch) -> Row:
+    """cosattn alone."""
+    return compare(case, make_inputs(case, stopwatch.device, heads_last=True), stopwatch, {})
+
+
+def able(rivals: Iterable[Rival], case: Case) -> list[Rival]:
+    """Those that have what the direction takes."""
+    return [rival for rival in rivals if rival.backward or case.direction == "forward"]
+
+
+def compare(case: Case, x: Inputs, stopwatch: Stopwatch, theirs: dict[str, Callable[[], object]]) -> Row:
+    return row_of(case, stopwatch.compare({OURS: cosattn_work(case, x)} | theirs))
+
+
+# What the rows say
+
+
+def best_rival(row: Row) -> tuple[str, float] | None:
+    """The fastest of the others, and how many times faster cosattn is. None when either side is missing."""
+    ratios: dict[str, float] = row["ratios"]
+    name = min(ratios, key=lambda n: ratios[n], default=None)
+    return None if name is None else (name, ratios[name])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def place(case: Row) -> str:
+    return f"d {case['head_dim']} S {case['seq_len']}{' causal' * case['causal']}"
+
+
+def summary_rows(rows: Iterable[Row]) -> list[list[str]]:
+    """By direction and group of head dims: cases, geometric mean of cosattn over the best rival, minimum and where."""
+    groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for row in rows:
+        if (best := best_rival(row)) is not None:
+            case = row["case"]
+            size = f"d {case['head_dim']}" if case["head_dim"] > 64 else "d ≤ 64"
+            where = f"{place(case)}, {best[0]}"
+            for group in (size, "all"):
+                groups.setdefault((case["direction"], group), []).append((best[1], where))
+    order = sorted(groups, key=lambda key: (key[0], key[1] == "all"))  # stable: head dims as they were measured
+    lines = []
+    for direction, group in order:
+        values = groups[direction, group]
+        least, where = min(values)
+        mean = geometric_mean([ratio for ratio, _ in values])
+        lines.append([f"{direction}, {group}", str(len(values)), f"{mean:.3f}×", f"{least:.3f}×", where])
+    return lines
+
+
+SUMMARY_HEADER = ("cosattn / best rival", "cases", "geometric mean", "minimum", "where")
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The ratios in brief, then what failed and how often."""
+    failures = Counter(
+        f"{name}: {timing['note']}"
+        for row in rows
+        for name, timing in row["timings"].items()
+        if timing["milliseconds"] is None
+    )
+    lines = [f"failed in {count} of {len(rows)} cases: {what}" for what, count in failures.items()]
+    ratios = summary_rows(rows)
+    return "\n".join([table(SUMMARY_HEADER, ratios) if ratios else "no case has both sides", *lines])
+
+
+def flat_summary(rows: Sequence[Row]) -> str:
+    """How far the speeds of one head dim and mask lie apart."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if OURS in row["tflops"]:
+            case = row["case"]
+            groups.setdefault(f"d {case['head_dim']}{' causal' * case['causal']}", []).append(row["tflops"][OURS])
+    lines = [
+        [name, f"{min(rates):.0f}", f"{max(rates):.0f}", f"{1 - min(rates) / max(rates):.1%}"]
+        for name, rates in groups.items()
+    ]
+    return table(["TFLOP/s", "least", "most", "spread"], lines) if lines else "nothing was measured"
+
+
+def rates_line(row: Row) -> str:
+    """TFLOP/s of each contender, the ratio to the best rival, clock and power while cosattn ran."""
+    rates = [
+        f"{name} {row['tflops'][name]:.0f}" if name in row["tflops"] else f"{name} failed ({timing['note'][:60]})"
+        for name, timing in row["timings"].items()
+    ]
+    ours, best = row["timings"][OURS], best_rival(row)
+    ratio = f"; {best[1]:.2f}× {best[0]}" if best else ""
+    heat = f"; {ours['sm_clock_mhz']:.0f} MHz {ours['power_w']:.0f} W" if ours["sm_clock_mhz"] else ""
+    return f"{place(row['case'])} {row['case']['direction']}: {', '.join(rates)} TFLOP/s{ratio}{heat}"
