@@ -118,7 +118,7 @@ def profiled(calls: Iterable[tuple[Case, str]]) -> None:
 
 
 def known(metrics: Iterable[str], listing: str) -> list[str]:
-    """The metrics that ``ncu --query-metrics`` lists (all if it lists none), and facts of the launch, which it omits."""
+    """The metrics that ``ncu --query-metrics`` lists (all if it lists none); of the launch it never lists any."""
     names = {line.split()[0] for line in listing.splitlines() if "__" in line}
     return [m for m in metrics if not names or m.startswith("launch__") or m.partition(".")[0] in names]
 
