@@ -205,7 +205,7 @@ void run_block() {
         memset(barrier.known, 0, sizeof barrier.known);
     }
     for (int w = 0; w < max_warps; ++w) m.started[w] = ++m.clock[w];
-    for (int t = 0; t < m.threads; ++t) m.floor[t] = m.clock[t / 32];
+    for (int t = 0; t < max_threads; ++t) m.floor[t] = m.clock[t / 32];
     start_block_sm90();
     memset(m.shared, poison, size_t(m.shared_bytes));
     forget_copies();
@@ -325,7 +325,6 @@ void prepare(int threads) {
         contexts.resize(max_threads);
     }
     m.threads = threads;
-    m.agents_at = (threads + 15) / 16 * 16;
     m.agents_used = false;
     for (int t = 0; t < threads; ++t) memset(m.known[t], 0, sizeof(Times));
     memset(m.floor, 0, sizeof m.floor);
@@ -334,9 +333,7 @@ void prepare(int threads) {
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
 // True when what a thread did at that time is not ordered before this thread.
-bool unordered(int thread, Time time) {
-    return thread != m.self && time >= m.started[thread / 32] && !ordered(thread, time);
-}
+bool unordered(int thread, Time time) { return !ordered(thread, time) && thread != m.self; }
 
 const char* verb(Kind kind) { return kind == Kind::write ? "writes" : "reads"; }
 
@@ -493,15 +490,17 @@ void synchronise(const std::vector<int>& threads, const Times* released) {
     for (int t : threads) m.known[t][t] = m.clock[t / 32];
     if (int(threads.size()) == m.threads) {
         for (int t : threads) m.floor[t] = m.clock[t / 32];
-        for (int i = m.agents_at; i < times_used(); ++i)
-            for (int t : threads) m.floor[i] = std::max(m.floor[i], m.known[t][i]);
+        if (m.agents_used)
+            for (int t : threads)
+                for (int i = max_threads; i < max_threads + max_agents; ++i)
+                    m.floor[i] = std::max(m.floor[i], m.known[t][i]);
         return;
     }
     static Times known;
-    memset(known, 0, sizeof(Time) * size_t(times_used()));
+    memset(known, 0, sizeof known);
     for (int t : threads) merge(known, m.known[t]);
     if (released) merge(known, *released);
-    for (int t : threads) memcpy(m.known[t], known, sizeof(Time) * size_t(times_used()));
+    for (int t : threads) merge(m.known[t], known);
 }
 
 // This thread comes to a barrier, with or without waiting for the others.

@@ -142,6 +142,11 @@ void complete(Mbarrier& b, const char* name, Where where) {
 
 bool reached(const Mbarrier& b, uint32_t parity) { return (b.phases & 1) != parity; }
 
+void passed(Mbarrier& b) {
+    b.waited = b.completed[mbarrier_agent(int(&b - m.mbarriers.data()))];
+    acquire(b.completed);
+}
+
 }  // namespace
 
 void mbarrier_init(uint32_t address, int arrivals, Site site) {
@@ -190,7 +195,7 @@ void mbarrier_wait(uint32_t address, uint32_t parity, Site site) {
         wait("mbarrier_wait", site);
         m.fiber->waits_for = -1;
     }
-    acquire(b.completed);
+    passed(b);
 }
 
 bool mbarrier_test(uint32_t address, uint32_t parity, Site site) {
@@ -203,7 +208,7 @@ bool mbarrier_test(uint32_t address, uint32_t parity, Site site) {
             return false;
         }
     }
-    acquire(b.completed);
+    passed(b);
     return true;
 }
 
@@ -279,6 +284,8 @@ void land(const Load& load) {
         c.load.agent = mbarrier_agent(load.mbarrier);
         c.load.time = m.agent_clock[load.mbarrier];
     }
+    b.last_landed = m.agent_clock[load.mbarrier];
+    b.last = load;
     b.bytes -= load.size;
     complete(b, load.kind == Load::box ? "load_box" : "load_bytes", load.where);
 }
@@ -645,6 +652,13 @@ void store_matrix_x4(uint32_t row, const uint32_t (&x)[4], Site site) {
 
 // ---- blocks -------------------------------------------------------------------------------------------------------
 
+namespace {
+
+// Of a thread, before anybody gives or takes some: all there are, as __launch_bounds__(threads, 1) allows.
+int launch_registers() { return std::min(256, 65536 / m.threads / 8 * 8); }
+
+}  // namespace
+
 void start_block_sm90() {
     static const unsigned eagerness_of_64[] = {0, 1, 8, 64};
     m.eagerness = eagerness_of_64[below(4)];
@@ -652,7 +666,7 @@ void start_block_sm90() {
     m.mbarriers.clear();
     m.mbarriers.reserve(max_mbarriers);
     m.storers = 0;
-    for (int i = 0; i < max_agents; ++i) m.floor[m.agents_at + i] = ++m.agent_clock[i];
+    for (int i = 0; i < max_agents; ++i) m.floor[max_threads + i] = ++m.agent_clock[i];
     for (int w = 0; w < max_warps; ++w) {
         m.products[w].parts.clear();
         m.products[w].first = 0;
@@ -662,7 +676,7 @@ void start_block_sm90() {
         group.products.clear();
         group.first = 0;
         group.waiting.clear();
-        group.registers = std::min(255, 65536 / m.threads / 8 * 8);
+        group.registers = launch_registers();
         group.register_calls = 0;
     }
     for (int t = 0; t < m.threads; ++t) {
@@ -691,18 +705,21 @@ void exit_thread_sm90() {
 }
 
 void end_block_sm90() {
-    if (!m.loads.empty())
-        fault("the block exits while the load of thread %d at %s is under way", m.loads[0].thread,
-              text(m.loads[0].where).c_str());
+    while (land_one()) {
+    }
+    for (const Mbarrier& b : m.mbarriers)
+        if (b.last_landed && b.last_landed >= b.waited)
+            fault("the block exits and nobody has waited for the load of thread %d at %s", b.last.thread,
+                  text(b.last.where).c_str());
     int registers = 0;
     for (int g = 0; g < m.threads / 128; ++g) {
         if (m.warpgroups[g].register_calls % 128)
             fault("take_registers or give_registers: not by all threads of warpgroup %d", g);
-        registers += m.warpgroups[g].registers * 128;
+        registers += m.warpgroups[g].registers;
     }
-    int given = std::min(255, 65536 / m.threads / 8 * 8);
-    if (registers > std::max(given * m.threads, 0))
-        fault("take_registers: the block has %d registers, not %d", given * m.threads, registers);
+    if (registers > launch_registers() * (m.threads / 128))
+        fault("take_registers: the warpgroups have %d registers a thread together, the block started with %d",
+              registers, launch_registers() * (m.threads / 128));
 }
 
 }  // namespace emulator

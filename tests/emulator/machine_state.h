@@ -153,6 +153,9 @@ struct Mbarrier {
     Where where;
     std::vector<int> waiting;
     Times arriving, completed;
+    Time waited;  // what landed before that has been waited for
+    Load last;    // that landed, and when
+    Time last_landed;
 };
 
 // ---- products -----------------------------------------------------------------------------------------------------
@@ -236,7 +239,6 @@ struct Machine {
     Times* known = nullptr;   // of each thread
     Times floor;              // what all threads know
     Time agent_clock[max_agents];
-    int agents_at;     // index of the first one that is no thread
     bool agents_used;  // by this launch
 
     std::vector<Mbarrier> mbarriers;
@@ -267,15 +269,16 @@ inline double truncated(double x) {
     return x;
 }
 
-inline int mbarrier_agent(int i) { return m.agents_at + i; }
-inline int product_agent(int warp) { return m.agents_at + max_mbarriers + warp; }
-inline int store_agent(int i) { return m.agents_at + max_mbarriers + max_warps + i; }
-inline int times_used() { return m.agents_at + (m.agents_used ? max_agents : 0); }
+inline int mbarrier_agent(int i) { return max_threads + i; }
+inline int product_agent(int warp) { return max_threads + max_mbarriers + warp; }
+inline int store_agent(int i) { return max_threads + max_mbarriers + max_warps + i; }
 
 // Whether what somebody did at that time is ordered before this thread.
 inline bool ordered(int agent, Time time) { return time < m.floor[agent] || time < m.known[m.self][agent]; }
 inline void merge(Times& to, const Times& from) {
-    for (int i = 0, n = times_used(); i < n; ++i) to[i] = to[i] < from[i] ? from[i] : to[i];
+    for (int i = 0; i < m.threads; ++i) to[i] = to[i] < from[i] ? from[i] : to[i];
+    if (!m.agents_used) return;
+    for (int i = max_threads; i < max_threads + max_agents; ++i) to[i] = to[i] < from[i] ? from[i] : to[i];
 }
 // What this thread did and knows becomes known to whoever acquires it.
 inline void release(Times& to) {

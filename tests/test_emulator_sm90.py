@@ -1,0 +1,370 @@
+"""What the emulator adds for compute capability 9.0: results against torch, and planted bugs.
+
+A planted bug is a case of a kernel that passes: ``BUG(name)`` is true in the line under test when the test asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping
+from functools import cache
+
+import pytest
+import torch
+from emulator import build
+from emulator.harness import KernelFault, Library
+from emulator.memory import Guarded
+from torch import Tensor
+
+from cosattn.render import templates_directory
+
+SEEDS = range(6)
+COLUMNS = ", ".join(str(n) for n in range(8, 257, 8))
+PRELUDE = f"""
+#define EMULATOR_WGMMA_COLUMNS {COLUMNS}
+#define EMULATOR_WGMMA_ELEMENT ELEMENT
+#include "hopper.cuh"
+#include "launch.cuh"
+#include "wgmma.cuh"
+
+#define ALIGNED_SHARED(name)                                                                            \\
+    SHARED_MEMORY(name##_unaligned);                                                                    \\
+    unsigned char* const name = name##_unaligned + (1024 - shared_address(name##_unaligned) % 1024) % 1024
+
+// Maps of (rows, columns) tensors with a row stride.
+inline TensorMap map_of(const void* p, int rows, int columns, int stride, int box_rows, int box_columns) {{
+    TensorMap map;
+    if (make_tensor_map(map, p, 1, 1, rows, columns, Stride{{0, 0, stride}}, box_rows, box_columns)) abort();
+    return map;
+}}
+inline Descriptor further(Descriptor d, uint32_t bytes) {{ return d + bytes / 16; }}
+inline int row_of(int t, int r) {{ return t % 128 / 32 * 16 + t % 32 / 4 + 8 * (r / 2 % 2); }}
+inline int column_of(int t, int r) {{ return 8 * (r / 4) + 2 * (t % 4) + r % 2; }}
+"""
+
+
+@cache
+def compiled(source: str, element: str = "bf16") -> Library:
+    """A source with an entry ``start(void** tensors, int bug)``."""
+    bugs = {name: i + 1 for i, name in enumerate(sorted(set(re.findall(r"BUG\((\w+)\)", source))))}
+    defines = [f"#define ELEMENT {element}", "#define BUG(name) (bug == BUG_##name)"]
+    defines += [f"#define BUG_{name} {number}" for name, number in bugs.items()]
+    headers = {"params.cuh": (templates_directory() / "include" / "params.cuh").read_text()}
+    library = Library(build.library("\n".join([*defines, PRELUDE, source]), headers))
+    library.bugs = bugs  # type: ignore[attr-defined]
+    return library
+
+
+def run(library: Library, *tensors: Tensor, case: int | str = 0, seed: int = 0) -> None:
+    """Run it on copies of the tensors in guarded memory, then copy them back. A case is a bug's name or a number."""
+    bugs: Mapping[str, int] = library.bugs  # type: ignore[attr-defined]
+    memory = Guarded()
+    inside = [memory.copy(f"tensor {i}", tensor) for i, tensor in enumerate(tensors)]
+    library.configure(seed, patience_s=2)
+    pointers = (ctypes.c_void_p * 8)(*(tensor.data_ptr() for tensor in inside))
+    status = library.symbols.start(pointers, bugs[case] if isinstance(case, str) else case)
+    library.check(status, memory)
+    for tensor, result in zip(tensors, inside, strict=True):
+        tensor.copy_(result)
+
+
+def faults(library: Library, match: str, *tensors: Tensor, case: int | str) -> None:
+    """Every order of threads ends in the fault."""
+    for seed in SEEDS:
+        with pytest.raises(KernelFault, match=match):
+            run(library, *(tensor.clone() for tensor in tensors), case=case, seed=seed)
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+# c = A B^T in one case of (N, pitch of A's rows, of B's, A, B): every way in which operands lie in shared memory.
+PRODUCTS = """
+constexpr int K = 96;
+
+// ROWS x COLUMNS, cut into slabs of PITCH bytes.
+template <int PITCH> uint32_t load(uint32_t to, const TensorMap& map, uint32_t barrier, int rows, int columns) {
+    int bytes = 0;
+    for (int c = 0; c < columns; c += PITCH / 2, bytes += rows * PITCH) load_box(to + bytes, map, barrier, c, 0, 0, 0);
+    return bytes;
+}
+template <int PITCH, Major MAJOR> Descriptor at_step(uint32_t tile, int rows, int step) {
+    if (MAJOR == MN_MAJOR) return further(describe<PITCH>(tile, rows * PITCH), step * 16 * PITCH);
+    const int slab = step * 32 / PITCH, inside = step * 32 % PITCH;
+    return further(describe<PITCH>(tile), slab * rows * PITCH + inside);
+}
+
+template <int N, int A_PITCH, int B_PITCH, Major A, Major B, bool REGISTERS>
+__global__ void product(const ELEMENT* a, float* c, TensorMap a_map, TensorMap b_map) {
+    ALIGNED_SHARED(shared);
+    const uint32_t barrier = shared_address(shared), a_tile = barrier + 1024, b_tile = a_tile + 64 * 1024;
+    const int t = threadIdx.x, a_rows = A == K_MAJOR ? 64 : K, b_rows = B == K_MAJOR ? N : K;
+    if (t == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (t == 0) {
+        int bytes = load<A_PITCH>(a_tile, a_map, barrier, a_rows, A == K_MAJOR ? K : 64);
+        bytes += load<B_PITCH>(b_tile, b_map, barrier, b_rows, B == K_MAJOR ? K : N);
+        mbarrier_expect(barrier, bytes);
+    }
+    mbarrier_wait(barrier, 0);
+    float d[N / 2];
+    uint32_t x[K / 16][4];
+    for (int step = 0; step < K / 16; ++step)
+        for (int r = 0; r < 4; ++r) {
+            const int row = row_of(t, 2 * r), column = step * 16 + 2 * (t % 4) + r / 2 * 8;
+            x[step][r] = a[row * K + column].bits | uint32_t(a[row * K + column + 1].bits) << 16;
+        }
+    product_fence();
+    for (int step = 0; step < K / 16; ++step) {
+        const Descriptor b = at_step<B_PITCH, B>(b_tile, b_rows, step);
+        if constexpr (REGISTERS) multiply<B>(d, x[step], b, step > 0);
+        else multiply<A, B>(d, at_step<A_PITCH, A>(a_tile, a_rows, step), b, step > 0);
+    }
+    product_commit();
+    product_wait<0>();
+    for (int r = 0; r < N / 2; ++r) c[row_of(t, r) * N + column_of(t, r)] = d[r];
+}
+
+template <int N, int A_PITCH, int B_PITCH, Major A, Major B, bool REGISTERS = false> int launch_product(void** p) {
+    const int a_rows = A == K_MAJOR ? 64 : K, a_columns = A == K_MAJOR ? K : 64;
+    const int b_rows = B == K_MAJOR ? N : K, b_columns = B == K_MAJOR ? K : N;
+    return launch(product<N, A_PITCH, B_PITCH, A, B, REGISTERS>, Launch{dim3(1), 128, 160 * 1024, nullptr, false},
+                  static_cast<const ELEMENT*>(p[0]), static_cast<float*>(p[2]),
+                  map_of(p[0], a_rows, a_columns, a_columns, a_rows, A_PITCH / 2),
+                  map_of(p[1], b_rows, b_columns, b_columns, b_rows, B_PITCH / 2));
+}
+
+extern "C" int start(void** p, int number) {
+    switch (number) {
+        CASES
+    }
+    return -1;
+}
+"""
+K, MN, REGISTERS = "K_MAJOR", "MN_MAJOR", "REGISTERS"
+SHAPES = [
+    (16, 128, 128, K, K),
+    (40, 64, 64, K, K),
+    (64, 32, 32, K, K),
+    (96, 128, 64, K, K),
+    (256, 128, 128, K, K),
+    (16, 128, 32, K, MN),
+    (40, 64, 128, K, MN),
+    (96, 128, 64, K, MN),
+    (96, 64, 128, K, MN),  # one and a half slabs
+    (128, 32, 128, MN, MN),
+    (256, 64, 128, MN, MN),
+    (64, 128, 32, MN, K),
+    (40, 128, 64, REGISTERS, K),
+    (256, 128, 128, REGISTERS, MN),
+    (96, 128, 32, REGISTERS, MN),
+]
+
+
+def products(shapes: list[tuple[int, int, int, str, str]], element: str) -> Library:
+    cases = []
+    for i, (n, a_pitch, b_pitch, a, b) in enumerate(shapes):
+        where = f"K_MAJOR, {b}, true" if a == REGISTERS else f"{a}, {b}"
+        cases.append(f"case {i}: return launch_product<{n}, {a_pitch}, {b_pitch}, {where}>(p);")
+    return compiled(PRODUCTS.replace("CASES", "\n        ".join(cases)), element)
+
+
+def check_product(shapes: list[tuple[int, int, int, str, str]], number: int, dtype: torch.dtype) -> None:
+    n, _, _, a_major, b_major = shapes[number]
+    a, b, c = torch.randn(64, 96).to(dtype), torch.randn(n, 96).to(dtype), torch.empty(64, n)
+    stored_a = a.T.contiguous() if a_major == MN else a
+    stored_b = b.T.contiguous() if b_major == MN else b
+    element = "bf16" if dtype == torch.bfloat16 else "f16"
+    run(products(shapes, element), stored_a, stored_b, c, case=number, seed=number)
+    torch.testing.assert_close(c, a.float() @ b.float().T, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=["-".join(map(str, shape)) for shape in SHAPES])
+def test_products(number: int) -> None:
+    check_product(SHAPES, number, torch.bfloat16)
+
+
+def test_products_of_f16() -> None:
+    check_product([(16, 64, 64, K, MN), (16, 64, 64, REGISTERS, MN)], 0, torch.float16)
+    check_product([(16, 64, 64, K, MN), (16, 64, 64, REGISTERS, MN)], 1, torch.float16)
+
+
+# ---- a pipeline, and what can go wrong in it --------------------------------------------------------------------------
+
+# out[i] = a b[i] for 64 x 64 matrices b[i]: a producer brings them into a ring of two stages; a is written to shared
+# memory by the threads of the other warpgroup, which multiply and store through shared memory.
+PIPELINE = """
+constexpr int TILES = 5, STAGES = 2, TILE = 64 * 128, THREADS = 256;
+
+__global__ void pipeline(const bf16* a, const TensorMap b_map, const TensorMap out_map, int bug) {
+    ALIGNED_SHARED(shared);
+    const uint32_t base = shared_address(shared), a_tile = base + 1024, b_tiles = a_tile + TILE;
+    const uint32_t out = b_tiles + STAGES * TILE;
+    const int t = threadIdx.x, lane = t % 32;
+    const auto full = [&](int i) { return base + 8 * (i % STAGES); };
+    const auto empty = [&](int i) { return base + 8 * (STAGES + i % STAGES); };
+    const auto round = [&](int i) { return uint32_t(i / STAGES % 2); };
+    if (t == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            mbarrier_init(full(i), 1);
+            mbarrier_init(empty(i), 4);
+        }
+        if (!BUG(init_fence)) mbarrier_init_fence();
+    }
+    if (!BUG(init_barrier)) __syncthreads();
+
+    if (t < 128) {
+        give_registers<40>();
+        if (t == 0) {
+            for (int i = 0; i < TILES; ++i) {
+                if (!BUG(no_wait_for_free_stage)) mbarrier_wait(empty(i), round(i) ^ 1);
+                if (BUG(no_expect)) mbarrier_arrive(full(i));
+                else mbarrier_expect(full(i), BUG(expect_less) ? TILE / 2 : BUG(expect_more) ? 2 * TILE : TILE);
+                load_box(b_tiles + i % STAGES * TILE, b_map, full(i), 0, i * 64, 0, 0);
+                if (BUG(arrive_twice)) mbarrier_arrive(full(i));
+            }
+            if (BUG(exit_with_load)) load_box(out + TILE, b_map, full(TILES), 0, 0, 0, 0);
+        }
+        return;
+    }
+    take_registers<256>();
+    // a, in the swizzle of 128 bytes
+    for (int i = t - 128; i < 64 * 8; i += 128) {
+        const int row = i / 8, chunk = i % 8;
+        *reinterpret_cast<uint4*>(shared + 1024 + row * 128 + (chunk ^ row % 8) * 16) =
+            *reinterpret_cast<const uint4*>(a + row * 64 + chunk * 8);
+    }
+    if (!BUG(a_fence)) fence_async();
+    if (BUG(a_barrier)) __syncwarp();
+    else barrier_sync(1, 128);
+    if (BUG(a_fence) && t == 128) fence_async();
+
+    float d[32], e[32];
+    uint32_t x[4][4];
+    for (int step = 0; step < 4; ++step)
+        for (int r = 0; r < 4; ++r)
+            x[step][r] = *reinterpret_cast<const uint32_t*>(a + row_of(t, 2 * r) * 64 + step * 16 + 2 * (t % 4) +
+                                                            r / 2 * 8);
+    for (int i = 0; i < TILES; ++i) {
+        if (!BUG(one_lane_waits) || lane == 0) mbarrier_wait(full(i), round(i) ^ uint32_t(BUG(parity)));
+        const auto release = [&] {
+            if (lane == 0 && !BUG(no_arrival)) mbarrier_arrive(empty(i));
+            if (lane == 0 && BUG(arrivals_of_two_lanes)) mbarrier_arrive(empty(i));
+        };
+        if (BUG(early_release)) release();
+        if (!BUG(product_fence)) product_fence();
+        const Descriptor a_rows = describe<128>(a_tile), b = describe<128>(b_tiles + i % STAGES * TILE);
+        const Descriptor wrong_stride = b - (uint64_t(512 >> 4) << 32);
+        for (int step = 0; step < 4; ++step) {
+            const Descriptor b_step = further(BUG(stride) ? wrong_stride : b, step * 32);
+            if (i % 2) multiply<K_MAJOR>(d, x[step], b_step, step > 0);
+            else multiply<K_MAJOR, K_MAJOR>(d, further(a_rows, step * 32), b_step, step > 0);
+        }
+        if (BUG(a_registers)) x[1][2] ^= 1;
+        if (BUG(accumulators)) d[7] = 0.f;
+        if (BUG(other_accumulators)) multiply<K_MAJOR>(reinterpret_cast<float(&)[16]>(d), x[0], b, true);
+        if (BUG(operands_of_a_warp) && t < 160) multiply<K_MAJOR>(e, x[0], further(b, 32), false);
+        else if (BUG(operands_of_a_warp)) multiply<K_MAJOR>(e, x[0], b, false);
+        if (BUG(overwrite_operand)) *reinterpret_cast<uint4*>(shared + 1024 + 16 * (t - 128)) = make_uint4(0, 0, 0, 0);
+        if (!BUG(commit)) product_commit();
+        if (BUG(read_before_wait)) std::copy(d, d + 32, e);
+        if (BUG(product_wait)) product_wait<1>();
+        else product_wait<0>();
+        if (BUG(exit_with_product) && i + 1 == TILES) {
+            product_fence();
+            multiply<K_MAJOR>(d, x[0], b, false);
+        }
+        if (!BUG(early_release)) release();
+
+        if (!BUG(reuse_stored) && i > 0) {
+            if (t == 128) store_box_wait<0>();
+            if (!BUG(reuse_stored_without_barrier)) barrier_sync(1, 128);
+        }
+        for (int c = 0; c < 4; ++c) {
+            const int row = (t - 128) / 32 * 16 + lane % 16, chunk = 2 * c + lane / 16;
+            const float* const y = (BUG(read_before_wait) ? e : d) + 8 * c;
+            store_matrix_x4(out + row * 128 + (chunk ^ row % 8) * 16, pack2<bf16>(y[0], y[1]), pack2<bf16>(y[2], y[3]),
+                            pack2<bf16>(y[4], y[5]), pack2<bf16>(y[6], y[7]));
+        }
+        if (!BUG(store_fence)) fence_async();
+        if (!BUG(store_barrier)) barrier_sync(1, 128);
+        if (t == 128) {
+            store_box(out_map, out, 0, i * 64, 0, 0);
+            store_box_commit();
+        }
+    }
+    if (t == 128 && !BUG(exit_with_store)) store_box_wait<0>();
+}
+extern "C" int start(void** p, int bug) {
+    return launch(pipeline, Launch{dim3(2), THREADS, 64 * 1024, nullptr, false}, static_cast<const bf16*>(p[0]),
+                  map_of(p[1], 5 * 64, 64, 64, 64, 64), map_of(p[2], 5 * 64, 64, 64, 64, 64), bug);
+}
+"""
+
+
+def pipeline_tensors() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(64, 64).bfloat16(), torch.randn(5 * 64, 64).bfloat16(), torch.empty(5 * 64, 64).bfloat16()
+
+
+def pipeline_result(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a.float() @ tile.float().T for tile in b.split(64)])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_pipeline(seed: int) -> None:
+    a, b, out = pipeline_tensors()
+    run(compiled(PIPELINE), a, b, out, seed=seed)
+    torch.testing.assert_close(out.float(), pipeline_result(a, b), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("bug", "match"),
+    [
+        ("init_fence", "no mbarrier_init_fence after the mbarrier_init of thread 0"),
+        ("init_barrier", "no barrier between|there is no mbarrier"),
+        ("no_wait_for_free_stage", r"load_box .*, which the product of warp \d at .* reads|load_box .* is under way|one arrival too"),
+        ("no_expect", "while the load of thread 0 at .* is under way|more bytes|no mbarrier_wait between"),
+        ("expect_less", "more bytes have come than were announced|is under way"),
+        ("expect_more", r"deadlock: .*mbarrier_wait kernel.cpp:\d+ for parity . of the mbarrier at byte .* 8192 bytes"),
+        ("arrive_twice", "mbarrier_arrive at .*: one arrival too many"),
+        ("exit_with_load", "the block exits and nobody has waited for the load of thread 0 at"),
+        ("a_fence", "fence_async is missing: a product byte"),
+        ("a_barrier", "race in shared memory: reads byte .* wrote"),
+        ("one_lane_waits", "no mbarrier_wait between|is under way|which the product of warp"),
+        ("parity", "is under way|no mbarrier_wait between|deadlock|which the product of warp"),
+        ("no_arrival", r"deadlock: .*1 threads \(first: 0\) at mbarrier_wait"),
+        ("arrivals_of_two_lanes", "one arrival too many|which the product of warp|deadlock"),
+        ("early_release", "which the product of warp"),
+        ("product_fence", "product_fence is missing"),
+        ("a_registers", "registers of A were written while the product"),
+        ("accumulators", "accumulators were written while the product"),
+        ("other_accumulators", "other accumulators than the product"),
+        ("operands_of_a_warp", "divergent warpgroup"),
+        ("overwrite_operand", "writes byte .* which the product of warp . at .* reads|race in shared memory: reads"),
+        ("commit", "a thread exits while its product at|which the product of warp"),
+        ("product_wait", "a thread exits while its product at|which the product of warp"),
+        ("exit_with_product", "a thread exits while its product at"),
+        ("reuse_stored", "which the store_box of thread 128 at .* reads: no store_box_wait"),
+        ("reuse_stored_without_barrier", "which the store_box of thread 128 at .* reads: no store_box_wait"),
+        ("store_fence", "fence_async is missing: store_box byte"),
+        ("store_barrier", "race in shared memory: reads byte .* wrote"),
+        ("exit_with_store", "a thread exits while its store_box at"),
+    ],
+)
+def test_bugs_of_a_pipeline(bug: str, match: str) -> None:
+    faults(compiled(PIPELINE), match, *pipeline_tensors(), case=bug)
+
+
+def test_accumulators_are_nan_until_somebody_waits() -> None:
+    a, b, out = pipeline_tensors()
+    run(compiled(PIPELINE), a, b, out, case="read_before_wait")
+    assert out.isnan().all()
+
+
+def test_wrong_stride_is_a_wrong_result() -> None:
+    a, b, out = pipeline_tensors()
+    run(compiled(PIPELINE), a, b, out, case="stride")
+    assert not (out.float() - pipeline_result(a, b)).norm() < 0.1 * out.float().norm()
