@@ -188,11 +188,50 @@ def test_products(number: int) -> None:
 
 
 def test_products_of_f16() -> None:
-    check_product([(16, 64, 64, K, MN), (16, 64, 64, REGISTERS, MN)], 0, torch.float16)
-    check_product([(16, 64, 64, K, MN), (16, 64, 64, REGISTERS, MN)], 1, torch.float16)
+    shapes = [(16, 64, 64, K, MN), (16, 64, 64, REGISTERS, MN)]
+    for number in range(len(shapes)):
+        check_product(shapes, number, torch.float16)
 
 
-# ---- a pipeline, and what can go wrong in it --------------------------------------------------------------------------
+def test_wrong_leading_distance_is_a_wrong_result() -> None:
+    source = PRODUCTS.replace("rows * PITCH), step", "rows * PITCH / 2), step")
+    assert source != PRODUCTS
+    library = compiled(source.replace("CASES", "case 0: return launch_product<96, 128, 64, K_MAJOR, MN_MAJOR>(p);"))
+    a, b, c = torch.randn(64, 96).bfloat16(), torch.randn(96, 96).bfloat16(), torch.empty(64, 96)
+    run(library, a, b.T.contiguous(), c)
+    expected = a.float() @ b.float().T
+    torch.testing.assert_close(c[:, :32], expected[:, :32], rtol=1e-5, atol=2e-5)
+    assert (c - expected)[:, 32:].norm() > 0.5 * expected.norm()
+
+
+def test_sums_of_16_products_are_truncated() -> None:
+    source = """
+    __global__ void sums(float* result, float start) {
+        ALIGNED_SHARED(shared);
+        const int t = threadIdx.x;
+        for (int i = t; i < 16 * 16; i += 128) reinterpret_cast<uint32_t*>(shared)[i] = pack2<bf16>(1.f, 1.f);
+        fence_async();
+        __syncthreads();
+        const uint32_t tenth = pack2<bf16>(0.1f, 0.1f), a[4] = {tenth, tenth, tenth, tenth};
+        float d[8];
+        for (int r = 0; r < 8; ++r) d[r] = start;
+        product_fence();
+        multiply<K_MAJOR>(d, a, describe<32>(shared_address(shared)), true);
+        multiply<K_MAJOR>(d, a, describe<32>(shared_address(shared)), true);
+        product_commit();
+        product_wait<0>();
+        for (int r = 0; r < 8; ++r) result[row_of(t, r) * 16 + column_of(t, r)] = d[r];
+    }
+    extern "C" int start(void** p, int) {
+        return launch(sums, Launch{dim3(1), 128, 8192, nullptr, false}, static_cast<float*>(p[0]), 16777216.f);
+    }
+    """
+    result = torch.empty(64, 16)
+    run(compiled(source), result)
+    assert torch.equal(result, torch.full((64, 16), 16777216.0))  # + 1.6 twice, where neighbours are 2 apart
+
+
+# ---- a pipeline, and what can go wrong in it ------------------------------------------------------------------------
 
 # out[i] = a b[i] for 64 x 64 matrices b[i]: a producer brings them into a ring of two stages; a is written to shared
 # memory by the threads of the other warpgroup, which multiply and store through shared memory.
@@ -325,7 +364,7 @@ def test_pipeline(seed: int) -> None:
     [
         ("init_fence", "no mbarrier_init_fence after the mbarrier_init of thread 0"),
         ("init_barrier", "no barrier between|there is no mbarrier"),
-        ("no_wait_for_free_stage", r"load_box .*, which the product of warp \d at .* reads|load_box .* is under way|one arrival too"),
+        ("no_wait_for_free_stage", r"load_box .*(which the product of warp \d at .* reads|is under way)|one arrival"),
         ("no_expect", "while the load of thread 0 at .* is under way|more bytes|no mbarrier_wait between"),
         ("expect_less", "more bytes have come than were announced|is under way"),
         ("expect_more", r"deadlock: .*mbarrier_wait kernel.cpp:\d+ for parity . of the mbarrier at byte .* 8192 bytes"),
@@ -368,3 +407,269 @@ def test_wrong_stride_is_a_wrong_result() -> None:
     a, b, out = pipeline_tensors()
     run(compiled(PIPELINE), a, b, out, case="stride")
     assert not (out.float() - pipeline_result(a, b)).norm() < 0.1 * out.float().norm()
+
+
+# ---- the copy engine ------------------------------------------------------------------------------------------------
+
+# Boxes of 64 rows of each head, in and out again; what was in shared memory also goes to the second output.
+COPIES = """
+constexpr int ROWS = 70, COLUMNS = 40;
+template <int PITCH> __global__ void copies(const TensorMap in, const TensorMap out, float* seen, bool one_head) {
+    ALIGNED_SHARED(shared);
+    constexpr int SLAB = PITCH / 2, SLABS = (COLUMNS + SLAB - 1) / SLAB;
+    const uint32_t barrier = shared_address(shared), tile = barrier + 1024;
+    const int t = threadIdx.x, head = blockIdx.x % 3, batch = blockIdx.x / 3;
+    if (t == 0) {
+        prefetch_map(in);
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    for (int block = 0; block < 2; ++block) {
+        if (t == 0) {
+            mbarrier_expect(barrier, 64 * PITCH * SLABS);
+            for (int slab = 0; slab < SLABS; ++slab)
+                load_box(tile + slab * 64 * PITCH, in, barrier, slab * SLAB, block * 64, one_head ? 0 : head, batch);
+        }
+        mbarrier_wait(barrier, block);
+        for (int i = t; i < 64 * SLABS * SLAB; i += 64) {
+            const int row = i / (SLABS * SLAB), column = i % (SLABS * SLAB), slab = column / SLAB;
+            const int chunk = column % SLAB / 8 ^ row / (128 / PITCH) % (PITCH / 16);
+            const int at = slab * 64 * PITCH + row * PITCH + chunk * 16 + column % 8 * 2;
+            seen[((blockIdx.x * 2 + block) * 64 + row) * 64 + column] =
+                to_float(*reinterpret_cast<const bf16*>(shared + 1024 + at));
+        }
+        __syncthreads();
+        if (t == 0) {
+            for (int slab = 0; slab < SLABS; ++slab)
+                store_box(out, tile + slab * 64 * PITCH, slab * SLAB, block * 64, head, batch);
+            store_box_commit();
+            store_box_wait<0>();
+        }
+        __syncthreads();
+    }
+}
+template <int PITCH> int launch_copies(void** p, bool one_head) {
+    TensorMap in, out;
+    const Stride x{ROWS * 144, one_head ? 0 : 48, 144}, y{3 * ROWS * 48, ROWS * 48, 48};
+    if (make_tensor_map(in, p[0], 2, 3, ROWS, COLUMNS, x, 64, PITCH / 2)) return -2;
+    if (make_tensor_map(out, p[1], 2, 3, ROWS, COLUMNS, y, 64, PITCH / 2)) return -3;
+    return launch(copies<PITCH>, Launch{dim3(6), 64, 32 * 1024, nullptr, false}, in, out, static_cast<float*>(p[2]),
+                  one_head);
+}
+extern "C" int start(void** p, int number) {
+    const bool one_head = number >= 1000;
+    switch (number % 1000) {
+        case 128: return launch_copies<128>(p, one_head);
+        case 64: return launch_copies<64>(p, one_head);
+        case 32: return launch_copies<32>(p, one_head);
+    }
+    return -1;
+}
+"""
+
+
+@pytest.mark.parametrize("one_head", [False, True])
+@pytest.mark.parametrize("pitch", [128, 64, 32])
+def test_copies(pitch: int, one_head: bool) -> None:
+    stored = torch.randn(2, 70, 3, 48).bfloat16()
+    x = stored.transpose(1, 2)[..., :40]
+    if one_head:
+        x = x[:, :1].expand(-1, 3, -1, -1)
+    out, seen = torch.full((2, 3, 70, 48), 5.0).bfloat16(), torch.zeros(2, 3, 128, 64)
+    run(compiled(COPIES), stored, out, seen, case=pitch + 1000 * one_head)
+    expected = torch.zeros(2, 3, 128, 64)
+    expected[:, :, :70, :40] = x
+    assert torch.equal(seen, expected)
+    assert torch.equal(out[..., :40], x)
+    assert bool((out[..., 40:] == 5).all())
+
+
+def test_maps_that_the_driver_refuses() -> None:
+    source = """
+    extern "C" int make(long address, long rows, int columns, long stride, int box_rows, int box_columns) {
+        TensorMap map;
+        return make_tensor_map(map, reinterpret_cast<void*>(address), 1, 1, rows, columns, Stride{0, 0, stride},
+                               box_rows, box_columns);
+    }
+    """
+    make = compiled(source).symbols.make
+    make.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+    assert make(4096, 100, 64, 64, 64, 64) == 0
+    refused = [
+        (4104, 100, 64, 64, 64, 64),
+        (4096, 0, 64, 64, 64, 64),
+        (4096, 100, 64, 68, 64, 64),
+        (4096, 100, 64, 2**40, 64, 64),
+        (4096, 100, 64, 64, 257, 64),
+        (4096, 100, 64, 64, 64, 128),
+    ]
+    for arguments in refused:
+        assert make(*arguments) == 1
+
+
+# ---- misuse ---------------------------------------------------------------------------------------------------------
+
+MISUSE = """
+__global__ void misuse(float* a, const TensorMap map, int bug) {
+    ALIGNED_SHARED(shared);
+    const uint32_t barrier = shared_address(shared), tile = barrier + 1024;
+    const int t = threadIdx.x;
+    float* const s = reinterpret_cast<float*>(shared + 1024);
+    if (t == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init(barrier + 8, 128);
+        if (BUG(init_twice)) mbarrier_init(barrier + 8, 1);
+        if (BUG(init_misaligned)) mbarrier_init(barrier + 20, 1);
+        if (BUG(init_out_of_bounds)) mbarrier_init(barrier + (1 << 16), 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (BUG(plain_access_to_a_barrier)) shared[3] = 0;
+    if (BUG(wrong_barrier)) mbarrier_wait(barrier + 16, 0);
+    if (BUG(store_without_barrier) && t == 0) {
+        mbarrier_expect(barrier, 8192);
+        load_box(tile, map, barrier, 0, 0, 0, 0);
+        store_box(map, tile, 0, 0, 0, 0);
+    }
+    if (BUG(product_without_warps)) {
+        if (t >= 64) return;
+        float d[4];
+        const uint32_t x[4] = {};
+        for (int i = t; i < 256; i += 64) s[i] = 0.f;
+        fence_async();
+        barrier_sync(1, 64);
+        product_fence();
+        multiply<K_MAJOR>(d, x, describe<32>(tile), false);
+        product_commit();
+        product_wait<0>();
+    }
+    if (BUG(no_swizzle)) {
+        float d[4];
+        product_fence();
+        multiply<K_MAJOR, K_MAJOR>(d, tile >> 4, tile >> 4, false);
+    }
+    if (t == 0) {
+        const int bytes = BUG(odd_bytes) ? 8 : 256;
+        mbarrier_expect(barrier, 8192 + bytes);
+        load_box(tile + (BUG(load_misaligned) ? 512 : 0), map, barrier, BUG(column) ? 4 : 0, 0, BUG(head) ? 1 : 0, 0);
+        load_bytes(tile + 8192, a + (BUG(source_misaligned) ? 1 : 0), bytes, barrier);
+        if (BUG(two_loads)) load_bytes(tile + 8192, a, 256, barrier);
+        if (BUG(not_a_map)) {
+            TensorMap empty{};
+            load_box(tile, empty, barrier, 0, 0, 0, 0);
+        }
+    }
+    // Whoever asks before using something needs no wait.
+    while (!mbarrier_test(barrier, 0) && !BUG(unheeded_test)) {
+    }
+    a[t % 64] = s[2048 + t % 64];
+    mbarrier_arrive(barrier + 8);
+    if (BUG(parity_2)) mbarrier_wait(barrier + 8, 2);
+    mbarrier_wait(barrier + 8, 0);
+    for (int i = t; i < 64; i += 128) s[2048 + i] = 0.f;
+    if (t < 32) {
+        uint32_t row = tile + t * 16 + (BUG(store_matrix_misaligned) ? 8 : 0);
+        store_matrix_x4(row, 0, 0, 0, 0);
+    }
+}
+extern "C" int start(void** p, int bug) {
+    return launch(misuse, Launch{dim3(1), 128, 12 * 1024, nullptr, false}, static_cast<float*>(p[0]),
+                  map_of(p[1], 64, 64, 64, 64, 64), bug);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("bug", "match"),
+    [
+        ("init_twice", "writes byte .* where there is the mbarrier at byte"),
+        ("init_misaligned", "mbarrier_init at .* is not 8-byte aligned"),
+        ("init_out_of_bounds", "mbarrier_init at .* out of bounds"),
+        ("plain_access_to_a_barrier", "writes byte .* where there is the mbarrier at byte"),
+        ("wrong_barrier", "there is no mbarrier at byte"),
+        ("store_without_barrier", "store_box byte .* while the load of thread 0 at .* is under way"),
+        ("product_without_warps", "deadlock: .*64 threads .* at product_wait"),
+        ("no_swizzle", "operands without swizzle"),
+        ("odd_bytes", "load_bytes at .*: 8 bytes"),
+        ("load_misaligned", "load_box at .* is not 1024-byte aligned"),
+        ("column", "column 4 is not a multiple of 8"),
+        ("head", "head 1 of 1"),
+        ("source_misaligned", "source.* is not 16-byte aligned"),
+        ("two_loads", "load_bytes byte .* is under way"),
+        ("not_a_map", "not a tensor map"),
+        ("unheeded_test", "is under way|no mbarrier_wait between|race in shared memory"),
+        ("parity_2", "parity 2"),
+        ("store_matrix_misaligned", "store_matrix_x4 at .* is not 16-byte aligned"),
+    ],
+)
+def test_misuse(bug: str, match: str) -> None:
+    faults(compiled(MISUSE), match, torch.randn(64), torch.randn(64, 64).bfloat16(), case=bug)
+
+
+def test_use() -> None:
+    a = torch.randn(64)
+    for seed in SEEDS:
+        result = a.clone()
+        run(compiled(MISUSE), result, torch.randn(64, 64).bfloat16(), seed=seed)
+        assert torch.equal(result, a)
+
+
+ARRIVE = """
+__global__ void arrive(float* a, float* b, int bug) {
+    ALIGNED_SHARED(shared);
+    float* const s = reinterpret_cast<float*>(shared);
+    const int t = threadIdx.x;
+    if (t < 64) {
+        if (BUG(arrive_before)) barrier_arrive(1, 128);
+        s[t] = a[t];
+        if (!BUG(no_arrival) && !BUG(arrive_before)) barrier_arrive(1, 128);
+        if (BUG(twice)) barrier_arrive(1, 128);
+        if (BUG(arrival_is_no_wait)) a[t] = s[64 + t];
+    } else {
+        s[t] = a[t];
+        barrier_sync(1, 128);
+        b[t - 64] = s[t - 64];
+    }
+}
+extern "C" int start(void** p, int bug) {
+    return launch(arrive, Launch{dim3(1), 128, 4096, nullptr, false}, static_cast<float*>(p[0]),
+                  static_cast<float*>(p[1]), bug);
+}
+"""
+
+
+def test_barriers_without_waiting() -> None:
+    a, b = torch.randn(128), torch.empty(64)
+    for seed in SEEDS:
+        run(compiled(ARRIVE), a, b, seed=seed)
+        assert torch.equal(b, a[:64])
+    faults(compiled(ARRIVE), "race in shared memory", a, b, case="arrive_before")
+    faults(compiled(ARRIVE), "race in shared memory", a, b, case="arrival_is_no_wait")
+    faults(compiled(ARRIVE), "deadlock: .*64 threads .* at barrier_sync", a, b, case="no_arrival")
+    faults(compiled(ARRIVE), "has come to barrier 1 already|deadlock|divergent barrier", a, b, case="twice")
+
+
+REGISTER_FILE = """
+__global__ void registers(int bug) {
+    if (threadIdx.x < 128) {
+        give_registers<40>();
+    } else if (BUG(too_many)) {
+        take_registers<240>();
+    } else if (BUG(some_threads)) {
+        if (threadIdx.x < 160) take_registers<232>();
+    } else if (BUG(take_less)) {
+        take_registers<160>();
+    } else {
+        take_registers<232>();
+    }
+}
+extern "C" int start(void**, int bug) { return launch(registers, Launch{dim3(1), 384, 0, nullptr, false}, bug); }
+"""
+
+
+def test_registers() -> None:
+    run(compiled(REGISTER_FILE))
+    faults(compiled(REGISTER_FILE), "520 registers a thread together, the block started with 504", case="too_many")
+    faults(compiled(REGISTER_FILE), "not by all threads of warpgroup", case="some_threads")
+    faults(compiled(REGISTER_FILE), "from 168 registers to 160", case="take_less")

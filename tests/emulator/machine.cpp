@@ -140,7 +140,10 @@ void wake(const std::vector<int>& threads) {
     for (int t : threads) m.warps[t / 32].ready |= 1u << t % 32;
 }
 
-void let_others_run() { switch_to_scheduler(); }
+void let_others_run() {
+    m.yielded = true;
+    switch_to_scheduler();
+}
 
 namespace {
 
@@ -228,7 +231,8 @@ void run_block() {
     int w = int(below(unsigned(warps)));
     while (m.done < m.threads) {
         if (!m.loads.empty() && below(64) < m.eagerness) land_one();
-        if (!m.warps[w].ready || below(16) >= stay) {
+        if (!m.warps[w].ready || m.yielded || below(16) >= stay) {
+            m.yielded = false;
             int first = int(below(unsigned(warps))), i = 0;
             while (i < warps && !m.warps[(first + i) % warps].ready) ++i;
             if (i == warps) {

@@ -231,6 +231,7 @@ struct Machine {
     Byte* bytes = nullptr;
     Chunk* chunks = nullptr;
     int done = 0;
+    bool yielded = false;         // somebody asks for another warp's turn
     std::vector<unsigned> order;  // of the blocks
     Barrier barriers[max_barriers];
 
