@@ -386,11 +386,11 @@ def test_pipeline(seed: int) -> None:
         ("commit", "a thread exits while its product at|which the product of warp"),
         ("product_wait", "a thread exits while its product at|which the product of warp"),
         ("exit_with_product", "a thread exits while its product at"),
-        ("reuse_stored", "which the store_box of thread 128 at .* reads: no store_box_wait"),
-        ("reuse_stored_without_barrier", "which the store_box of thread 128 at .* reads: no store_box_wait"),
+        ("reuse_stored", "which the store of thread 128 at .* reads: no store_box_wait"),
+        ("reuse_stored_without_barrier", "which the store of thread 128 at .* reads: no store_box_wait"),
         ("store_fence", "fence_async is missing: store_box byte"),
         ("store_barrier", "race in shared memory: reads byte .* wrote"),
-        ("exit_with_store", "a thread exits while its store_box at"),
+        ("exit_with_store", "a thread exits while its store at"),
     ],
 )
 def test_bugs_of_a_pipeline(bug: str, match: str) -> None:
@@ -648,6 +648,80 @@ def test_barriers_without_waiting() -> None:
     faults(compiled(ARRIVE), "race in shared memory", a, b, case="arrival_is_no_wait")
     faults(compiled(ARRIVE), "deadlock: .*64 threads .* at barrier_sync", a, b, case="no_arrival")
     faults(compiled(ARRIVE), "has come to barrier 1 already|deadlock|divergent barrier", a, b, case="twice")
+
+
+SUMS = """
+__global__ void sums(float* result, int bug) {
+    ALIGNED_SHARED(shared);
+    float* const s = reinterpret_cast<float*>(shared);
+    const int t = threadIdx.x;
+    s[t] = float(t);
+    fence_async();
+    __syncthreads();
+    if (t == 0) {
+        reduce_floats(result + (BUG(misaligned) ? 2 : 0), shared_address(shared), BUG(size) ? 62 : 64);
+        store_box_commit();
+    }
+    if (BUG(reuse)) s[t] = 0.f;
+    if (t == 0 && !BUG(exit)) store_box_wait<0>();
+}
+extern "C" int start(void** p, int bug) {
+    return launch(sums, Launch{dim3(3), 64, 4096, nullptr, false}, static_cast<float*>(p[0]), bug);
+}
+"""
+
+
+def test_sums_of_floats() -> None:
+    result = torch.ones(64)
+    run(compiled(SUMS), result)
+    assert torch.equal(result, 3 * torch.arange(64.0) + 1)
+    faults(compiled(SUMS), "destination.* is not 16-byte aligned", result, case="misaligned")
+    faults(compiled(SUMS), "62 floats", result, case="size")
+    faults(compiled(SUMS), "which the store of thread 0 .* reads|race in shared memory", result, case="reuse")
+    faults(compiled(SUMS), "a thread exits while its store at", result, case="exit")
+
+
+OVERLAP = """
+__global__ void first(float* a) {
+    dependents_may_start();
+    a[threadIdx.x] = float(threadIdx.x);
+}
+__global__ void second(const float* a, float* b, int bug) {
+    ALIGNED_SHARED(shared);
+    const int t = threadIdx.x;
+    const uint32_t barrier = shared_address(shared);
+    float* const s = reinterpret_cast<float*>(shared + 128);
+    if (t == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (t == 0) {
+        if (!BUG(no_wait)) wait_for_previous_kernel();
+        mbarrier_expect(barrier, 256);
+        load_bytes(barrier + 128, a, 256, barrier);
+    }
+    if (BUG(wait_elsewhere)) b[t] = a[t];
+    mbarrier_wait(barrier, 0);
+    b[t] = s[t] + a[t];
+}
+extern "C" int start(void** p, int bug) {
+    const auto a = static_cast<float*>(p[0]), b = static_cast<float*>(p[1]);
+    if (const int status = launch(first, Launch{dim3(1), 64, 0, nullptr, false}, a)) return status;
+    if (BUG(memset)) cudaMemsetAsync(p[1], 0, 4);
+    return launch(second, Launch{dim3(2), 64, 2048, nullptr, true}, a, b, BUG(memset) ? BUG_no_wait : bug);
+}
+"""
+
+
+def test_overlapping_kernels() -> None:
+    a, b = torch.zeros(64), torch.zeros(64)
+    for case in (0, "memset"):  # a memset is no kernel, so nothing overlaps it
+        run(compiled(OVERLAP), a, b, case=case)
+        assert torch.equal(b, 2 * torch.arange(64.0))
+    message = r"reads address 0x\w+ \(inside tensor 0\) at kernel.cpp:\d+, which the previous kernel writes"
+    faults(compiled(OVERLAP), message, a, b, case="no_wait")
+    faults(compiled(OVERLAP), message, a, b, case="wait_elsewhere")
 
 
 REGISTER_FILE = """

@@ -329,7 +329,7 @@ void prepare(int threads) {
         contexts.resize(max_threads);
     }
     m.threads = threads;
-    m.agents_used = false;
+    m.agents_used = !m.previous.empty();
     for (int t = 0; t < threads; ++t) memset(m.known[t], 0, sizeof(Times));
     memset(m.floor, 0, sizeof m.floor);
 }
@@ -366,8 +366,6 @@ void check_byte(size_t i, Kind kind, Where where) {
 }
 
 void access(const void* address, size_t size, Kind kind, Where where) {
-    size_t from_region = size_t(static_cast<const unsigned char*>(address) - m.region);
-    if (from_region >= max_shared + 2 * shared_margin || !m.fiber) return;
     long first = static_cast<const unsigned char*>(address) - m.shared;
     if (first < 0 || first + long(size) > m.shared_bytes)
         fault("shared memory out of bounds: %s bytes [%ld, %ld) of %d at %s", verb(kind), first, first + long(size),
@@ -419,8 +417,12 @@ void land(const Copy& copy) {
 
 // ---- host ---------------------------------------------------------------------------------------------------------
 
-int run(Grid grid, int threads, int shared_bytes, void (*invoke)(void*), void* kernel) {
+int run(Grid grid, int threads, int shared_bytes, bool overlap, void (*invoke)(void*), void* kernel) {
     m.message.clear();
+    if (!overlap) m.written.clear();
+    m.previous.swap(m.written);
+    m.written.clear();
+    m.dependents_started = false;
     if (threads <= 0 || threads > max_threads || threads % 32) {
         m.message = "a block of " + std::to_string(threads) + " threads (1 to 1024, whole warps)";
         return fault_status;
@@ -449,6 +451,7 @@ int run(Grid grid, int threads, int shared_bytes, void (*invoke)(void*), void* k
     }
     Signals signals;
     if (sigsetjmp(m.escape, 1)) {
+        forget_previous_launch();
         m.fiber = nullptr;
         return fault_status;
     }
@@ -458,6 +461,8 @@ int run(Grid grid, int threads, int shared_bytes, void (*invoke)(void*), void* k
     }
     return 0;
 }
+
+void forget_previous_launch() { m.written.clear(); }
 
 const char* fault_message() { return m.message.c_str(); }
 
@@ -679,6 +684,18 @@ void copy_async_wait(int newest_allowed) {
     copies.erase(copies.begin(), copies.begin() + long(landed));
 }
 
+// ---- global memory ------------------------------------------------------------------------------------------------
+
+void dependents_may_start() { m.dependents_started = true; }
+void wait_for_previous_kernel() { m.known[m.self][previous_kernel] = Time(m.block) + 1; }
+
+void global_access(const void* address, size_t size, Kind kind, Where where) {
+    if (m.dependents_started && kind == Kind::write) m.written.add(address, size);
+    if (!m.previous.empty() && !ordered(previous_kernel, Time(m.block)) && m.previous.contain(address, size))
+        fault("%s address <0x%zx> at %s, which the previous kernel writes: no wait_for_previous_kernel before",
+              verb(kind), reinterpret_cast<size_t>(address), text(where).c_str());
+}
+
 // ---- tensor cores -------------------------------------------------------------------------------------------------
 // Products are exact. They are added in blocks (8 wide for 16-bit types, 4 for TF32) to the accumulator and each sum is
 // truncated to float32, not rounded: what published measurements found on compute capability 8.0.
@@ -803,7 +820,13 @@ void instrumented(void* address, size_t size, bool aligned, Kind kind, void* ret
     emulator::m.last = where;
     if (aligned && reinterpret_cast<uintptr_t>(address) % size)
         emulator::fault("misaligned access of %zu bytes at %s", size, emulator::text(where).c_str());
-    emulator::access(address, size, kind, where);
+    const auto inside = [&](const void* area, size_t bytes) {
+        return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(area) < bytes;
+    };
+    if (inside(emulator::m.region, emulator::max_shared + 2 * emulator::shared_margin))
+        emulator::access(address, size, kind, where);
+    else if (!inside(emulator::m.stacks, emulator::max_threads * emulator::stack_bytes))
+        emulator::global_access(address, size, kind, where);
 }
 }  // namespace
 

@@ -51,7 +51,7 @@ void check_readers(const Chunk& c, const char* who, size_t byte, Where where) {
                 who, byte, text(where).c_str(), w, text(c.product_where).c_str());
     if (c.store.time && !ordered(c.store.agent, c.store.time))
         fault(
-            "%s byte %zu of shared memory at %s, which the store_box of thread %d at %s reads: no store_box_wait and "
+            "%s byte %zu of shared memory at %s, which the store of thread %d at %s reads: no store_box_wait and "
             "barrier between",
             who, byte, text(where).c_str(), c.store.thread, text(c.store.where).c_str());
 }
@@ -260,6 +260,11 @@ void start_load(Load load, Site site) {
         c.load = {0, m.self, 0, site};
         ++c.version;
     }
+    if (load.kind == Load::bytes) global_access(load.from, size_t(load.size), Kind::read, site);
+    else
+        for_chunks(load.map, load.at, load.to, [&](uint32_t, const unsigned char* global, int bytes) {
+            if (bytes) global_access(global, size_t(bytes), Kind::read, site);
+        });
     memset(m.shared + load.to, poison, size_t(load.size));
     m.loads.push_back(load);
     ++m.statistics.loads;
@@ -288,6 +293,44 @@ void land(const Load& load) {
     b.last = load;
     b.bytes -= load.size;
     complete(b, load.kind == Load::box ? "load_box" : "load_bytes", load.where);
+}
+
+void start_store(const char* name, Store& store, Site site) {
+    Fiber& f = *m.fiber;
+    m.agents_used = true;
+    if (f.storer < 0) {
+        if (m.storers == max_storers)
+            fault("%s at %s: more than %d storing threads are not emulated", name, text(site).c_str(), max_storers);
+        f.storer = m.storers++;
+        f.store_group = m.agent_clock[max_mbarriers + max_warps + f.storer];
+    }
+    store.group = f.store_group;
+    for (size_t i = store.from / 16; i < (store.from + size_t(store.size)) / 16; ++i) {
+        check_async_read(i, name, site);
+        Chunk& c = chunk(i);
+        c.async = true;
+        c.store = {store_agent(f.storer), m.self, store.group, site};
+    }
+    f.stores.push_back(store);
+    ++m.statistics.stores;
+}
+
+void carry_out(const Store& store) {
+    m.last = store.where;
+    if (!store.sums) {
+        for_chunks(store.map, store.at, store.from, [&](uint32_t offset, const unsigned char* global, int bytes) {
+            if (!bytes) return;
+            global_access(global, size_t(bytes), Kind::write, store.where);
+            memcpy(const_cast<unsigned char*>(global), m.shared + offset, size_t(bytes));
+        });
+        return;
+    }
+    global_access(store.sums, size_t(store.size), Kind::write, store.where);
+    for (int i = 0; i < store.size / 4; ++i) {
+        float x;
+        memcpy(&x, m.shared + store.from + 4 * i, sizeof x);
+        store.sums[i] += x;
+    }
 }
 
 }  // namespace
@@ -337,24 +380,16 @@ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier, Site
 }
 
 void store_box(const TensorMap& map, uint32_t from, int column, int row, int head, int batch, Site site) {
-    Fiber& f = *m.fiber;
-    Store store{map, 0, {column, row, head, batch}, f.store_group, site};
+    Store store{map, {column, row, head, batch}, nullptr, 0, map.box_rows * map.pitch, 0, site};
     store.from = require_box("store_box", from, map, store.at, site);
-    m.agents_used = true;
-    if (f.storer < 0) {
-        if (m.storers == max_storers)
-            fault("store_box at %s: more than %d storing threads are not emulated", text(site).c_str(), max_storers);
-        f.storer = m.storers++;
-        f.store_group = store.group = m.agent_clock[max_mbarriers + max_warps + f.storer];
-    }
-    for (size_t i = store.from / 16; i < (store.from + size_t(map.box_rows) * size_t(map.pitch)) / 16; ++i) {
-        check_async_read(i, "store_box", site);
-        Chunk& c = chunk(i);
-        c.async = true;
-        c.store = {store_agent(f.storer), m.self, store.group, site};
-    }
-    f.stores.push_back(store);
-    ++m.statistics.stores;
+    start_store("store_box", store, site);
+}
+
+void reduce_floats(float* to, uint32_t from, int floats, Site site) {
+    if (floats <= 0 || floats % 4) fault("reduce_floats at %s: %d floats", text(site).c_str(), floats);
+    require_aligned("reduce_floats (destination)", to, 16, site);
+    Store store{{}, {}, to, offset_of("reduce_floats", from, floats * 4, 16, site), floats * 4, 0, site};
+    start_store("reduce_floats", store, site);
 }
 
 void store_box_commit() { ++m.fiber->store_group; }
@@ -363,13 +398,8 @@ void store_box_wait(int newest_allowed) {
     Fiber& f = *m.fiber;
     if (f.storer < 0) return;
     size_t done = 0;
-    while (done < f.stores.size() && f.stores[done].group + Time(newest_allowed) < f.store_group) {
-        const Store& store = f.stores[done++];
-        m.last = store.where;
-        for_chunks(store.map, store.at, store.from, [](uint32_t offset, const unsigned char* global, int bytes) {
-            if (bytes) memcpy(const_cast<unsigned char*>(global), m.shared + offset, size_t(bytes));
-        });
-    }
+    while (done < f.stores.size() && f.stores[done].group + Time(newest_allowed) < f.store_group)
+        carry_out(f.stores[done++]);
     f.stores.erase(f.stores.begin(), f.stores.begin() + long(done));
     Time& known = m.known[m.self][store_agent(f.storer)];
     Time all = f.store_group - std::min(Time(newest_allowed), f.store_group);
@@ -667,6 +697,7 @@ void start_block_sm90() {
     m.mbarriers.reserve(max_mbarriers);
     m.storers = 0;
     for (int i = 0; i < max_agents; ++i) m.floor[max_threads + i] = ++m.agent_clock[i];
+    m.floor[previous_kernel] = Time(m.block) + m.previous.empty();
     for (int w = 0; w < max_warps; ++w) {
         m.products[w].parts.clear();
         m.products[w].first = 0;
@@ -693,8 +724,7 @@ void start_block_sm90() {
 
 void exit_thread_sm90() {
     const Fiber& f = *m.fiber;
-    if (!f.stores.empty())
-        fault("a thread exits while its store_box at %s is under way", text(f.stores[0].where).c_str());
+    if (!f.stores.empty()) fault("a thread exits while its store at %s is under way", text(f.stores[0].where).c_str());
     const WarpProducts& products = m.products[m.self / 32];
     if (f.products > products.first)
         fault("a thread exits while its product at %s is under way", text(products.parts[0].product->site).c_str());

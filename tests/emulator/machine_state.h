@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "machine.h"
@@ -35,10 +36,11 @@ struct Where {
 // What happens is stamped with the time of who does it: the clock of a thread's warp; phases of an mbarrier, which
 // stands for the loads that count towards it; groups of a warp's products or of a thread's stores. All count from 1 and
 // are never set back, so 0 is before everything. A thread knows of everybody the time before which what they did is
-// ordered before what it does. These are vectors over threads, mbarriers, warps (products) and storing threads.
+// ordered before what it does. These are vectors over threads, mbarriers, warps (products), storing threads, and the
+// previous kernel.
 
 using Time = uint32_t;
-constexpr int max_agents = max_mbarriers + max_warps + max_storers;
+constexpr int max_agents = max_mbarriers + max_warps + max_storers + 1;
 using Times = Time[max_threads + max_agents];
 
 // ---- threads ------------------------------------------------------------------------------------------------------
@@ -54,8 +56,10 @@ struct Copy {
 
 struct Store {
     TensorMap map;
-    uint32_t from;  // offset in shared memory
     int at[4];
+    float* sums;    // null for a box
+    uint32_t from;  // offset in shared memory
+    int size;
     Time group;
     Where where;
 };
@@ -204,6 +208,38 @@ struct Warpgroup {
 
 // -------------------------------------------------------------------------------------------------------------------
 
+// Words of global memory.
+class Words {
+  public:
+    void clear() { pages_.clear(), last_ = nullptr; }
+    bool empty() const { return pages_.empty(); }
+    void add(const void* p, size_t size) {
+        for (size_t i = word(p), end = word(p, size - 1); i <= end; ++i) page(i).set(i % in_page);
+    }
+    bool contain(const void* p, size_t size) const {
+        for (size_t i = word(p), end = word(p, size - 1); i <= end; ++i) {
+            auto found = pages_.find(i / in_page);
+            if (found != pages_.end() && found->second[i % in_page]) return true;
+        }
+        return false;
+    }
+    void swap(Words& other) {
+        pages_.swap(other.pages_);
+        last_ = other.last_ = nullptr;
+    }
+
+  private:
+    static constexpr size_t in_page = 1024;
+    static size_t word(const void* p, size_t offset = 0) { return (reinterpret_cast<uintptr_t>(p) + offset) / 4; }
+    std::bitset<in_page>& page(size_t i) {
+        if (!last_ || last_number_ != i / in_page) last_ = &pages_[i / in_page], last_number_ = i / in_page;
+        return *last_;
+    }
+    std::unordered_map<size_t, std::bitset<in_page>> pages_;
+    std::bitset<in_page>* last_ = nullptr;
+    size_t last_number_ = 0;
+};
+
 struct Statistics {
     uint64_t blocks, barriers, collectives, mma, ldmatrix, ldmatrix_conflicts, copies, products, loads, stores;
 };
@@ -233,6 +269,8 @@ struct Machine {
     int done = 0;
     bool yielded = false;         // somebody asks for another warp's turn
     std::vector<unsigned> order;  // of the blocks
+    bool dependents_started;      // what is written from now on, dependents have to wait for
+    Words written, previous;      // by this launch, and by the previous one if this one could overlap it
     Barrier barriers[max_barriers];
 
     Time clock[max_warps];    // of each warp
@@ -260,6 +298,7 @@ void wake(const std::vector<int>& threads);
 void let_others_run();
 void access(const void* address, size_t size, Kind kind, Where where);
 void check_byte(size_t i, Kind kind, Where where);  // a fault unless it may be accessed
+void global_access(const void* address, size_t size, Kind kind, Where where);
 
 // To the precision of float32.
 inline double truncated(double x) {
@@ -273,6 +312,7 @@ inline double truncated(double x) {
 inline int mbarrier_agent(int i) { return max_threads + i; }
 inline int product_agent(int warp) { return max_threads + max_mbarriers + warp; }
 inline int store_agent(int i) { return max_threads + max_mbarriers + max_warps + i; }
+constexpr int previous_kernel = max_threads + max_agents - 1;
 
 // Whether what somebody did at that time is ordered before this thread.
 inline bool ordered(int agent, Time time) { return time < m.floor[agent] || time < m.known[m.self][agent]; }

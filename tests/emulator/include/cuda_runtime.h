@@ -175,6 +175,7 @@ inline const char* cudaGetErrorString(cudaError_t status) {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
+    emulator::forget_previous_launch();
     memset(p, value, bytes);
     return cudaSuccess;
 }

@@ -59,6 +59,9 @@ inline void store_box(const TensorMap& map, uint32_t from, int column, int row, 
                       emulator::Site site = EMULATOR_CALLER) {
     emulator::store_box(map, from, column, row, head, batch, site);
 }
+inline void reduce_floats(float* to, uint32_t from, int floats, emulator::Site site = EMULATOR_CALLER) {
+    emulator::reduce_floats(to, from, floats, site);
+}
 inline void store_box_commit() { emulator::store_box_commit(); }
 template <int N> inline void store_box_wait() { emulator::store_box_wait(N); }
 inline void fence_async() { emulator::fence_async(); }

@@ -26,6 +26,6 @@ inline cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Argu
         std::tuple<Parameters...> arguments;
     } call{kernel, {Parameters(arguments)...}};
     return cudaError_t(emulator::run(
-        {how.grid.x, how.grid.y, how.grid.z}, how.threads, how.shared_bytes,
+        {how.grid.x, how.grid.y, how.grid.z}, how.threads, how.shared_bytes, how.overlap,
         [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); }, &call));
 }

@@ -19,8 +19,10 @@ struct Grid {
     unsigned x, y, z;
 };
 // Runs invoke(kernel) once per thread of every block. Returns 0, or fault_status with the reason in fault_message().
+// Launches run one after another; `overlap` says that this one could have started before the end of the previous one.
 constexpr int fault_status = 999;
-int run(Grid grid, int threads, int shared_bytes, void (*invoke)(void*), void* kernel);
+int run(Grid grid, int threads, int shared_bytes, bool overlap, void (*invoke)(void*), void* kernel);
+void forget_previous_launch();
 const char* fault_message();
 
 // ---- block and warp -----------------------------------------------------------------------------------------------
@@ -48,6 +50,8 @@ void load_matrix_x4(uint32_t (&r)[4], const void* row, bool transposed, Site sit
 void copy_async(void* shared, const void* global, int bytes, bool valid, Site site);
 void copy_async_commit();
 void copy_async_wait(int newest_allowed);
+void dependents_may_start();
+void wait_for_previous_kernel();
 void require_aligned(const char* name, const void* address, size_t alignment, Site site);
 
 // ---- tensor cores and conversions ---------------------------------------------------------------------------------

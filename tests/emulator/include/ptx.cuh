@@ -90,7 +90,7 @@ inline void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], float b0, float
     emulator::mma_tf32(c, a, b0, b1, site);
 }
 
-// ---- programmatic dependent launch: launches run one after another ------------------------------------------------
+// ---- programmatic dependent launch --------------------------------------------------------------------------------
 
-inline void dependents_may_start() {}
-inline void wait_for_previous_kernel() {}
+inline void dependents_may_start() { emulator::dependents_may_start(); }
+inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
