@@ -36,6 +36,8 @@ class ForwardTiles:
     """Key tiles in shared memory."""
     query_buffers: int
     """Query tiles in shared memory: with two, the next one arrives while this one is worked on."""
+    normalize_warpgroup: bool = True
+    """A warpgroup of its own normalises queries, ahead of those that attend to them; else these do it."""
 
     @property
     def block_m(self) -> int:
@@ -43,14 +45,19 @@ class ForwardTiles:
         return 64 * self.warpgroups
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Of a producer's and of a consumer's thread."""
-        return {1: (56, 256), 2: (40, 232), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
+    def registers(self) -> tuple[int, int, int]:
+        """Of a thread that copies, that normalises, that attends."""
+        if self.normalize_warpgroup:
+            return {2: (40, 64, 200), 3: (32, 64, 128)}[self.warpgroups]
+        return {2: (24, 0, 240), 3: (32, 0, 160), 4: (32, 0, 112)}[self.warpgroups]
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = padded(spec.head_dim), padded(spec.value_dim)
-        queries = self.query_buffers * self.block_m * max(d, dv)
+        if self.query_buffers == 1:  # outputs take the place of queries
+            queries = self.block_m * max(d, dv)
+        else:
+            queries = self.block_m * (self.query_buffers * d + dv)
         keys = self.stages * self.block_n * (d + dv)
         return 2 * (queries + keys) + BARRIER_BYTES + ALIGNMENT
 
@@ -66,14 +73,14 @@ def forward_tiles(spec: KernelSpec) -> ForwardTiles:
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     if widest <= 64:
-        return [ForwardTiles(3, 128, 4, 2)]
+        return [ForwardTiles(3, 64, 6, 2)]
     if widest <= 96:
-        return [ForwardTiles(3, 96, 3, 2)]
-    if widest <= 128:
         return [ForwardTiles(2, 128, 2, 2)]
+    if widest <= 128:
+        return [ForwardTiles(2, 64, 4, 2)]
     if widest <= 192:
-        return [ForwardTiles(2, 96, 2, 1)]
-    return [ForwardTiles(2, 64, 2, 1)]
+        return [ForwardTiles(2, 96, 2, 1, False)]
+    return [ForwardTiles(2, 64, 2, 1, False)]
 
 
 def wgmma_columns(spec: KernelSpec) -> list[int]:

@@ -99,6 +99,12 @@ __device__ __forceinline__ void store_box(const TensorMap& map, uint32_t from, i
                  "r"(from), "r"(column), "r"(row), "r"(head), "r"(batch)
                  : "memory");
 }
+// Floats side by side, shared to global: global += shared, in no defined order. Its bytes are a multiple of 16.
+__device__ __forceinline__ void reduce_floats(float* to, uint32_t from, int floats) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(floats * 4)
+                 : "memory");
+}
 __device__ __forceinline__ void store_box_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Wait until the shared memory of this thread's stores, all but the N newest groups, may be used again.
 template <int N> __device__ __forceinline__ void store_box_wait() {
