@@ -295,6 +295,8 @@ __global__ void pipeline(const bf16* a, const TensorMap b_map, const TensorMap o
         };
         if (BUG(early_release)) release();
         if (!BUG(product_fence)) product_fence();
+        if (BUG(a_fence_late)) x[3][2] += i;
+        if (BUG(accumulator_fence)) d[7] = 0.f;
         const Descriptor a_rows = describe<128>(a_tile), b = describe<128>(b_tiles + i % STAGES * TILE);
         const Descriptor wrong_stride = b - (uint64_t(512 >> 4) << 32);
         for (int step = 0; step < 4; ++step) {
@@ -303,18 +305,20 @@ __global__ void pipeline(const bf16* a, const TensorMap b_map, const TensorMap o
             else multiply<K_MAJOR, K_MAJOR>(d, further(a_rows, step * 32), b_step, step > 0);
         }
         if (BUG(a_registers)) x[1][2] ^= 1;
+        if (BUG(a_registers_loaded)) load_matrix_x4(x[2], shared + 1024 + 16 * lane);
         if (BUG(accumulators)) d[7] = 0.f;
+        if (BUG(half_the_accumulators)) multiply<K_MAJOR>(reinterpret_cast<float(&)[16]>(d[16]), x[0], b, true);
         if (BUG(other_accumulators)) multiply<K_MAJOR>(reinterpret_cast<float(&)[16]>(d), x[0], b, true);
         if (BUG(operands_of_a_warp) && t < 160) multiply<K_MAJOR>(e, x[0], further(b, 32), false);
         else if (BUG(operands_of_a_warp)) multiply<K_MAJOR>(e, x[0], b, false);
         if (BUG(overwrite_operand)) *reinterpret_cast<uint4*>(shared + 1024 + 16 * (t - 128)) = make_uint4(0, 0, 0, 0);
         if (!BUG(commit)) product_commit();
-        if (BUG(read_before_wait)) std::copy(d, d + 32, e);
+        if (BUG(read_before_wait)) e[0] = d[5];
         if (BUG(product_wait)) product_wait<1>();
         else product_wait<0>();
         if (BUG(exit_with_product) && i + 1 == TILES) {
             product_fence();
-            multiply<K_MAJOR>(d, x[0], b, false);
+            multiply<K_MAJOR>(e, x[0], b, false);
         }
         if (!BUG(early_release)) release();
 
@@ -324,7 +328,7 @@ __global__ void pipeline(const bf16* a, const TensorMap b_map, const TensorMap o
         }
         for (int c = 0; c < 4; ++c) {
             const int row = (t - 128) / 32 * 16 + lane % 16, chunk = 2 * c + lane / 16;
-            const float* const y = (BUG(read_before_wait) ? e : d) + 8 * c;
+            const float* const y = d + 8 * c;
             store_matrix_x4(out + row * 128 + (chunk ^ row % 8) * 16, pack2<bf16>(y[0], y[1]), pack2<bf16>(y[2], y[3]),
                             pack2<bf16>(y[4], y[5]), pack2<bf16>(y[6], y[7]));
         }
@@ -378,13 +382,18 @@ def test_pipeline(seed: int) -> None:
         ("arrivals_of_two_lanes", "one arrival too many|which the product of warp|deadlock"),
         ("early_release", "which the product of warp"),
         ("product_fence", "product_fence is missing"),
-        ("a_registers", "registers of A were written while the product"),
-        ("accumulators", "accumulators were written while the product"),
+        ("a_fence_late", "product_fence is missing: register of A 2 was written"),
+        ("accumulator_fence", "product_fence is missing: accumulator 7 was written"),
+        ("a_registers", r"writes a register of A at kernel.cpp:\d+ while its product is under way"),
+        ("a_registers_loaded", r"writes a register of A at kernel.cpp:\d+ while its product is under way"),
+        ("accumulators", r"writes an accumulator at kernel.cpp:\d+ while its product is under way"),
+        ("read_before_wait", r"reads an accumulator at kernel.cpp:\d+ while its product is under way"),
         ("other_accumulators", "other accumulators than the product"),
+        ("half_the_accumulators", "accumulator 0 is part of another product under way"),
         ("operands_of_a_warp", "divergent warpgroup"),
         ("overwrite_operand", "writes byte .* which the product of warp . at .* reads|race in shared memory: reads"),
-        ("commit", "a thread exits while its product at|which the product of warp"),
-        ("product_wait", "a thread exits while its product at|which the product of warp"),
+        ("commit", r"reads an accumulator at kernel.cpp:\d+ while its product is under way"),
+        ("product_wait", r"reads an accumulator at kernel.cpp:\d+ while its product is under way"),
         ("exit_with_product", "a thread exits while its product at"),
         ("reuse_stored", "which the store of thread 128 at .* reads: no store_box_wait"),
         ("reuse_stored_without_barrier", "which the store of thread 128 at .* reads: no store_box_wait"),
@@ -395,12 +404,6 @@ def test_pipeline(seed: int) -> None:
 )
 def test_bugs_of_a_pipeline(bug: str, match: str) -> None:
     faults(compiled(PIPELINE), match, *pipeline_tensors(), case=bug)
-
-
-def test_accumulators_are_nan_until_somebody_waits() -> None:
-    a, b, out = pipeline_tensors()
-    run(compiled(PIPELINE), a, b, out, case="read_before_wait")
-    assert out.isnan().all()
 
 
 def test_wrong_stride_is_a_wrong_result() -> None:
@@ -698,6 +701,7 @@ __global__ void second(const float* a, float* b, int bug) {
     __syncthreads();
     if (t == 0) {
         if (!BUG(no_wait)) wait_for_previous_kernel();
+        if (!BUG(fence)) fence_async_global();
         mbarrier_expect(barrier, 256);
         load_bytes(barrier + 128, a, 256, barrier);
     }
@@ -722,6 +726,57 @@ def test_overlapping_kernels() -> None:
     message = r"reads address 0x\w+ \(inside tensor 0\) at kernel.cpp:\d+, which the previous kernel writes"
     faults(compiled(OVERLAP), message, a, b, case="no_wait")
     faults(compiled(OVERLAP), message, a, b, case="wait_elsewhere")
+    faults(compiled(OVERLAP), r"fence_async_global is missing: .*\(inside tensor 0\)", a, b, case="fence")
+
+
+FLAGS = """
+__global__ void flags(float* a, float* b, uint32_t* flag, int bug) {
+    ALIGNED_SHARED(shared);
+    const int t = threadIdx.x;
+    const uint32_t barrier = shared_address(shared);
+    if (t == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (t >= 32) {
+        if (BUG(raised_early) && t == 32) raise_flag(flag);
+        reinterpret_cast<float4*>(a)[t - 32] = make_float4(float(t), 1.f, 2.f, 3.f);
+        if (!BUG(no_fence)) fence_async_global();
+        if (!BUG(no_syncwarp)) __syncwarp();
+        if (t == 32 && !BUG(raised_early)) raise_flag(flag);
+        return;
+    }
+    prefetch_line(a);
+    while (true) {
+        const bool raised = read_flag(flag) == 1;
+        if (__all_sync(0xffffffffu, raised)) break;
+    }
+    if (t == 0) {
+        if (!BUG(no_fence)) fence_async_global();
+        mbarrier_expect(barrier, 512);
+        load_bytes(barrier + 128, a, 512, barrier);
+    }
+    mbarrier_wait(barrier, 0);
+    for (int i = t; i < 128; i += 32) b[i] = reinterpret_cast<const float*>(shared + 128)[i];
+}
+extern "C" int start(void** p, int bug) {
+    return launch(flags, Launch{dim3(1), 64, 2048, nullptr, false}, static_cast<float*>(p[0]),
+                  static_cast<float*>(p[1]), static_cast<uint32_t*>(p[2]), bug);
+}
+"""
+
+
+def test_flags() -> None:
+    a, b, flag = torch.zeros(128), torch.zeros(128), torch.zeros(1, dtype=torch.int32)
+    for seed in SEEDS:
+        result = b.clone()
+        run(compiled(FLAGS), a.clone(), result, flag.clone(), seed=seed)
+        assert torch.equal(result[::4], torch.arange(32.0, 64))
+    unordered = r"load_bytes reads address 0x\w+ \(inside tensor 0\) at .*, which thread \d+ wrote"
+    faults(compiled(FLAGS), "fence_async_global is missing: load_bytes reads", a, b, flag, case="no_fence")
+    faults(compiled(FLAGS), unordered, a, b, flag, case="no_syncwarp")
+    faults(compiled(FLAGS), unordered, a, b, flag, case="raised_early")
 
 
 REGISTER_FILE = """

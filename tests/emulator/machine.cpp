@@ -87,7 +87,6 @@ Machine m;
 namespace {
 
 constexpr size_t page = 4096;
-constexpr size_t stack_bytes = 256 * 1024;
 Context scheduler;
 std::vector<Context> contexts;  // of the fibers
 
@@ -205,7 +204,7 @@ void run_block() {
         barrier.waiting.clear();
         barrier.came.reset();
         barrier.arrived = barrier.sum = 0;
-        memset(barrier.known, 0, sizeof barrier.known);
+        barrier.known.fill(0);
     }
     for (int w = 0; w < max_warps; ++w) m.started[w] = ++m.clock[w];
     for (int t = 0; t < max_threads; ++t) m.floor[t] = m.clock[t / 32];
@@ -323,6 +322,8 @@ void prepare(int threads) {
         m.chunks = reinterpret_cast<Chunk*>(map(sizeof(Chunk) * (max_shared / 16)));
         m.known = reinterpret_cast<Times*>(map(sizeof(Times) * max_threads));
         m.stacks = map(size_t(max_threads) * stack_bytes);
+        m.under_way = reinterpret_cast<uint8_t*>(map(max_threads * stack_bytes / 4));
+        m.written_at = reinterpret_cast<uint32_t*>(map(max_threads * stack_bytes));
         for (int t = 0; t < max_threads; ++t) mprotect(m.stacks + size_t(t) * stack_bytes, page, PROT_NONE);
         m.warps.resize(max_threads / 32);
         m.fibers.resize(max_threads);
@@ -330,8 +331,8 @@ void prepare(int threads) {
     }
     m.threads = threads;
     m.agents_used = !m.previous.empty();
-    for (int t = 0; t < threads; ++t) memset(m.known[t], 0, sizeof(Times));
-    memset(m.floor, 0, sizeof m.floor);
+    for (int t = 0; t < threads; ++t) m.known[t].fill(0);
+    m.floor.fill(0);
 }
 
 // ---- shared memory ------------------------------------------------------------------------------------------------
@@ -423,6 +424,8 @@ int run(Grid grid, int threads, int shared_bytes, bool overlap, void (*invoke)(v
     m.previous.swap(m.written);
     m.written.clear();
     m.dependents_started = false;
+    m.global_writes.clear();
+    m.flags.clear();
     if (threads <= 0 || threads > max_threads || threads % 32) {
         m.message = "a block of " + std::to_string(threads) + " threads (1 to 1024, whole warps)";
         return fault_status;
@@ -506,7 +509,7 @@ void synchronise(const std::vector<int>& threads, const Times* released) {
         return;
     }
     static Times known;
-    memset(known, 0, sizeof known);
+    known.fill(0);
     for (int t : threads) merge(known, m.known[t]);
     if (released) merge(known, *released);
     for (int t : threads) merge(m.known[t], known);
@@ -547,7 +550,7 @@ void come(const char* name, int id, int threads, bool waits, Site site) {
     barrier.waiting.clear();
     barrier.came.reset();
     barrier.arrived = 0;
-    memset(barrier.known, 0, sizeof barrier.known);
+    barrier.known.fill(0);
     barrier.result = barrier.sum;
     barrier.sum = 0;
 }
@@ -631,6 +634,7 @@ void load_matrix_x4(uint32_t (&r)[4], const void* row, bool transposed, Site sit
     const char* name = transposed ? "load_matrix_x4_transposed" : "load_matrix_x4";
     require_shared(name, row, 16, site);
     access(row, 16, Kind::read, site);
+    if (m.agents_used) register_access(r, sizeof r, Kind::write, site);
     struct Operand {
         uint32_t* r;
         const unsigned char* row;
@@ -691,6 +695,11 @@ void wait_for_previous_kernel() { m.known[m.self][previous_kernel] = Time(m.bloc
 
 void global_access(const void* address, size_t size, Kind kind, Where where) {
     if (m.dependents_started && kind == Kind::write) m.written.add(address, size);
+    if (kind == Kind::write && !m.mbarriers.empty())
+        for (size_t i = reinterpret_cast<uintptr_t>(address) / 16; i * 16 < reinterpret_cast<uintptr_t>(address) + size;
+             ++i)
+            m.global_writes[i] = {m.block, m.clock[m.self / 32], uint32_t(m.fiber->global_fences.size()), m.self,
+                                  where};
     if (!m.previous.empty() && !ordered(previous_kernel, Time(m.block)) && m.previous.contain(address, size))
         fault("%s address <0x%zx> at %s, which the previous kernel writes: no wait_for_previous_kernel before",
               verb(kind), reinterpret_cast<size_t>(address), text(where).c_str());
@@ -827,6 +836,7 @@ void instrumented(void* address, size_t size, bool aligned, Kind kind, void* ret
         emulator::access(address, size, kind, where);
     else if (!inside(emulator::m.stacks, emulator::max_threads * emulator::stack_bytes))
         emulator::global_access(address, size, kind, where);
+    else if (emulator::m.agents_used) emulator::register_access(address, size, kind, where);
 }
 }  // namespace
 

@@ -133,7 +133,7 @@ void complete(Mbarrier& b, const char* name, Where where) {
     if (b.bytes) return;
     int agent = int(&b - m.mbarriers.data());
     b.arriving[mbarrier_agent(agent)] = ++m.agent_clock[agent];
-    memcpy(b.completed, b.arriving, sizeof b.completed);
+    b.completed = b.arriving;
     ++b.phases;
     b.pending = b.arrivals;
     wake(b.waiting);
@@ -243,6 +243,30 @@ uint32_t require_box(const char* name, uint32_t address, const TensorMap& map, c
     return offset;
 }
 
+// A load of this thread may read this, up to 16 bytes at a multiple of 16.
+void check_source(const char* name, const unsigned char* global, int bytes, Site site) {
+    const auto missing = [&](const char* what, const Where& there) {
+        fault("fence_async_global is missing: %s reads address <0x%zx> at %s, which %s wrote%s%s", name,
+              reinterpret_cast<size_t>(global), text(site).c_str(), what, there.line ? " at " : "",
+              there.line ? text(there).c_str() : "");
+    };
+    global_access(global, size_t(bytes), Kind::read, site);
+    if (!m.previous.empty() && !m.fiber->fenced_global && m.previous.contain(global, size_t(bytes)))
+        missing("the previous kernel", {});
+    auto found = m.global_writes.find(reinterpret_cast<uintptr_t>(global) / 16);
+    if (found == m.global_writes.end() || found->second.block != m.block) return;
+    const GlobalWrite& w = found->second;
+    if (w.thread != m.self && !ordered(w.thread, w.time))
+        fault("%s reads address <0x%zx> at %s, which thread %d wrote at %s with no flag or barrier between", name,
+              reinterpret_cast<size_t>(global), text(site).c_str(), w.thread, text(w.where).c_str());
+    // By its writer before this thread knew, or by this thread since.
+    const std::vector<Time>& fences = m.fibers[size_t(w.thread)].global_fences;
+    bool there = w.fences < fences.size() && (w.thread == m.self || ordered(w.thread, fences[w.fences]));
+    const Times* known = m.fiber->known_at_fence.get();
+    bool here = known && (w.thread == m.self ? false : w.time < (*known)[w.thread]);
+    if (!there && !here) missing(("thread " + std::to_string(w.thread)).c_str(), w.where);
+}
+
 void start_load(Load load, Site site) {
     const char* name = load.kind == Load::box ? "load_box" : "load_bytes";
     for (size_t i = load.to / 16; i < (load.to + size_t(load.size)) / 16; ++i) {
@@ -260,11 +284,14 @@ void start_load(Load load, Site site) {
         c.load = {0, m.self, 0, site};
         ++c.version;
     }
-    if (load.kind == Load::bytes) global_access(load.from, size_t(load.size), Kind::read, site);
-    else
+    const auto read = [&](const unsigned char* global, int bytes) { check_source(name, global, bytes, site); };
+    if (load.kind == Load::bytes) {
+        for (int i = 0; i < load.size; i += 16) read(load.from + i, 16);
+    } else {
         for_chunks(load.map, load.at, load.to, [&](uint32_t, const unsigned char* global, int bytes) {
-            if (bytes) global_access(global, size_t(bytes), Kind::read, site);
+            if (bytes) read(global, bytes);
         });
+    }
     memset(m.shared + load.to, poison, size_t(load.size));
     m.loads.push_back(load);
     ++m.statistics.loads;
@@ -411,6 +438,34 @@ void fence_async() {
     mbarrier_init_fence();
 }
 
+void fence_async_global() {
+    Fiber& f = *m.fiber;
+    f.fenced_global = ordered(previous_kernel, Time(m.block));
+    f.global_fences.push_back(m.clock[m.self / 32]);
+    if (!f.known_at_fence) f.known_at_fence = std::make_unique<Times>();
+    for (int t = 0; t < m.threads; ++t) (*f.known_at_fence)[t] = std::max(m.known[m.self][t], m.floor[t]);
+}
+
+// ---- flags in global memory ---------------------------------------------------------------------------------------
+
+void raise_flag(uint32_t* flag, Site site) {
+    global_access(flag, sizeof *flag, Kind::write, site);
+    std::unique_ptr<Times>& known = m.flags[flag];
+    if (!known) known.reset(new Times{});
+    release(*known);
+    ++*flag;
+}
+
+uint32_t read_flag(const uint32_t* flag, Site site) {
+    m.last = site;
+    let_others_run();  // who raises it may be among them
+    if (!m.loads.empty() && below(32) == 0) land_one();
+    global_access(flag, sizeof *flag, Kind::read, site);
+    auto found = m.flags.find(flag);
+    if (found != m.flags.end()) acquire(*found->second);
+    return *flag;
+}
+
 // ---- registers ----------------------------------------------------------------------------------------------------
 
 void set_registers(const char* name, int count, bool more, Site site) {
@@ -473,6 +528,8 @@ bool same(const ProductOperands& x, const ProductOperands& y) {
            x.b_mn_major == y.b_mn_major && x.accumulate == y.accumulate && x.bf16 == y.bf16 && x.a == y.a && x.b == y.b;
 }
 
+constexpr int accumulator_under_way = 128;
+
 // Row of the warp's 16, and column, of a lane's register of an accumulator.
 int row_of(int lane, int r) { return lane / 4 + 8 * (r / 2 % 2); }
 int column_of(int lane, int r) { return 8 * (r / 4) + 2 * (lane % 4) + r % 2; }
@@ -495,10 +552,33 @@ void read_operands(const Product& product, Time group) {
     for (uint32_t offset : product.b_chunks) read(offset);
 }
 
+size_t word_of(const void* p) { return size_t(static_cast<const char*>(p) - m.stacks) / 4; }
+bool on_stack(const void* p) { return word_of(p) < max_threads * stack_bytes / 4; }
+
+// By how much the state of these registers changes.
+void mark(const void* registers, int count, int change) {
+    if (on_stack(registers))
+        for (int i = 0; i < count; ++i) m.under_way[word_of(registers) + size_t(i)] += uint8_t(change);
+}
+
+void require_fence(const void* registers, int count, const char* which, Site site) {
+    if (on_stack(registers))
+        for (int i = 0; i < count; ++i)
+            if (m.written_at[word_of(registers) + size_t(i)] >= m.fiber->fence)
+                fault("multiply at %s: product_fence is missing: %s %d was written after the last one",
+                      text(site).c_str(), which, i);
+}
+
 void start_accumulator(Accumulator& accumulator, float* d, bool accumulate, Site site) {
     int lane = m.self % 32;
     if (!m.fiber->product_fenced)
         fault("multiply at %s: product_fence is missing: these accumulators are not under way", text(site).c_str());
+    require_fence(d, accumulator.columns / 2, "accumulator", site);
+    if (on_stack(d))
+        for (int r = 0; r < accumulator.columns / 2; ++r)
+            if (m.under_way[word_of(d + r)])
+                fault("multiply at %s: accumulator %d is part of another product under way", text(site).c_str(), r);
+    mark(d, accumulator.columns / 2, accumulator_under_way);
     for (int r = 0; r < accumulator.columns / 2; ++r)
         accumulator.c[row_of(lane, r)][column_of(lane, r)] = accumulate ? d[r] : 0.0f;
     memset(d, poison, sizeof(float) * size_t(accumulator.columns / 2));
@@ -531,6 +611,7 @@ void carry_out(Part& part, int warp) {
     float a[16][16];
     if (x.a_in_registers) {
         for (int l = 0; l < 32; ++l) {
+            mark(part.a_at[l], 4, -1);
             if (memcmp(part.a_at[l], part.a[l], sizeof part.a[l]))
                 fault("registers of A were written while the product at %s was under way (lane %d)",
                       text(product.site).c_str(), l);
@@ -549,6 +630,7 @@ void carry_out(Part& part, int warp) {
     if (--accumulator.parts) return;
     for (int l = 0; l < 32; ++l) {
         float* d = accumulator.at[l];
+        mark(d, x.columns / 2, -accumulator_under_way);
         for (int r = 0; r < x.columns / 2; ++r) {
             uint32_t bits;
             memcpy(&bits, d + r, sizeof bits);
@@ -563,6 +645,16 @@ void carry_out(Part& part, int warp) {
 }
 
 }  // namespace
+
+void register_access(const void* address, size_t size, Kind kind, Where where) {
+    for (size_t i = word_of(address), end = i + (size + 3) / 4; i < end; ++i) {
+        if (m.under_way[i] & accumulator_under_way)
+            fault("%s an accumulator at %s while its product is under way", verb(kind), text(where).c_str());
+        if (kind == Kind::read) continue;
+        if (m.under_way[i]) fault("writes a register of A at %s while its product is under way", text(where).c_str());
+        m.written_at[i] = m.fences;
+    }
+}
 
 void multiply(const ProductOperands& operands, float* d, const uint32_t* a, Site site) {
     if (m.threads % 128) fault("multiply at %s: a block of %d threads", text(site).c_str(), m.threads);
@@ -613,6 +705,8 @@ void multiply(const ProductOperands& operands, float* d, const uint32_t* a, Site
               text(accumulator.site).c_str());
     if (!accumulator.at[lane]) start_accumulator(accumulator, d, operands.accumulate, site);
     if (a) {
+        require_fence(a, 4, "register of A", site);
+        mark(a, 4, 1);
         part.a_at[lane] = a;
         memcpy(part.a[lane], a, sizeof part.a[lane]);
     }
@@ -624,7 +718,10 @@ void multiply(const ProductOperands& operands, float* d, const uint32_t* a, Site
     }
 }
 
-void product_fence() { m.fiber->product_fenced = true; }
+void product_fence() {
+    m.fiber->product_fenced = true;
+    m.fiber->fence = ++m.fences;
+}
 void product_commit() { ++m.fiber->product_group; }
 
 void product_wait(int newest_allowed, Site site) {
@@ -699,6 +796,13 @@ void start_block_sm90() {
     for (int i = 0; i < max_agents; ++i) m.floor[max_threads + i] = ++m.agent_clock[i];
     m.floor[previous_kernel] = Time(m.block) + m.previous.empty();
     for (int w = 0; w < max_warps; ++w) {
+        // A launch that ended in a fault left some under way.
+        for (const Part& part : m.products[w].parts)
+            for (int l = 0; l < 32; ++l)
+                if (part.product->operands.a_in_registers && part.lanes >> l & 1) mark(part.a_at[l], 4, -1);
+        for (const auto& live : m.products[w].live)
+            for (const float* d : live->at)
+                if (d) mark(d, live->columns / 2, -accumulator_under_way);
         m.products[w].parts.clear();
         m.products[w].first = 0;
         m.products[w].live.clear();
@@ -719,6 +823,10 @@ void start_block_sm90() {
         f.products = 0;
         f.product_group = m.agent_clock[max_mbarriers + t / 32];
         f.product_fenced = false;
+        f.fence = 0;
+        f.fenced_global = false;
+        f.global_fences.clear();
+        f.known_at_fence.reset();
     }
 }
 

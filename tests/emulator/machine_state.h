@@ -1,5 +1,6 @@
 // What the emulated machine remembers: shared by machine.cpp and machine_sm90.cpp.
 #pragma once
+#include <array>
 #include <bitset>
 #include <csetjmp>
 #include <cstring>
@@ -19,6 +20,7 @@ constexpr int max_warps = max_threads / 32;
 constexpr int max_barriers = 16;
 constexpr int max_mbarriers = 64;
 constexpr int max_storers = 32;  // threads of a block that issue store_box
+constexpr size_t stack_bytes = 256 * 1024;
 constexpr size_t max_shared = 227 * 1024;
 constexpr size_t shared_margin = 256 * 1024;  // address space around shared memory, to recognise near misses
 constexpr unsigned char poison = 0xFF;
@@ -41,7 +43,7 @@ struct Where {
 
 using Time = uint32_t;
 constexpr int max_agents = max_mbarriers + max_warps + max_storers + 1;
-using Times = Time[max_threads + max_agents];
+using Times = std::array<Time, max_threads + max_agents>;
 
 // ---- threads ------------------------------------------------------------------------------------------------------
 
@@ -76,9 +78,13 @@ struct Fiber {
     int storer;        // -1 before the first store
     Time store_group;  // the one that the next store belongs to
     std::vector<Time> fences;
-    size_t products;     // issued so far
-    Time product_group;  // the one that the next product belongs to
-    bool product_fenced;
+    size_t products;      // issued so far
+    Time product_group;   // the one that the next product belongs to
+    bool product_fenced;  // since its last product_wait
+    uint32_t fence;       // number of its last product_fence among all
+    bool fenced_global;   // since its wait_for_previous_kernel
+    std::vector<Time> global_fences;
+    std::unique_ptr<Times> known_at_fence;  // the last one of global memory
 };
 
 struct Warp {
@@ -134,6 +140,15 @@ struct Chunk {
     Where product_where;
     Time product[max_warps];      // group of the last product that reads it
     uint32_t checked[max_warps];  // version that the products of this warp may read, and one more
+};
+
+// Of 16 bytes of global memory.
+struct GlobalWrite {
+    uint64_t block;
+    Time time;
+    uint32_t fences;  // how many fence_async_global() its writer had made before
+    int thread;
+    Where where;
 };
 
 struct Load {
@@ -267,10 +282,12 @@ struct Machine {
     Byte* bytes = nullptr;
     Chunk* chunks = nullptr;
     int done = 0;
-    bool yielded = false;         // somebody asks for another warp's turn
-    std::vector<unsigned> order;  // of the blocks
-    bool dependents_started;      // what is written from now on, dependents have to wait for
-    Words written, previous;      // by this launch, and by the previous one if this one could overlap it
+    bool yielded = false;                                   // somebody asks for another warp's turn
+    std::vector<unsigned> order;                            // of the blocks
+    bool dependents_started;                                // what is written from now on, dependents have to wait for
+    std::unordered_map<size_t, GlobalWrite> global_writes;  // by this launch, if it may load them
+    std::unordered_map<const uint32_t*, std::unique_ptr<Times>> flags;
+    Words written, previous;  // by this launch, and by the previous one if this one could overlap it
     Barrier barriers[max_barriers];
 
     Time clock[max_warps];    // of each warp
@@ -285,6 +302,11 @@ struct Machine {
     unsigned eagerness;       // of loads to land
     int storers;
     WarpProducts products[max_warps];
+    uint32_t fences;  // number of the last product_fence
+    // Of each word of the stacks: 128 for an accumulator under way, how many products under way have it as a register
+    // of A; and how many product_fence there had been when it was last written.
+    uint8_t* under_way = nullptr;
+    uint32_t* written_at = nullptr;
     Warpgroup warpgroups[max_warps / 4];
 };
 extern Machine m;
@@ -344,6 +366,7 @@ void end_block_sm90();
 void exit_thread_sm90();
 bool land_one();  // of the loads under way; false if there is none
 void check_async(const Chunk& c, size_t byte, Kind kind, Where where);  // for a plain access
+void register_access(const void* address, size_t size, Kind kind, Where where);
 std::string state_of(const Mbarrier& barrier);
 
 }  // namespace emulator

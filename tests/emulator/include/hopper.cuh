@@ -65,7 +65,15 @@ inline void reduce_floats(float* to, uint32_t from, int floats, emulator::Site s
 inline void store_box_commit() { emulator::store_box_commit(); }
 template <int N> inline void store_box_wait() { emulator::store_box_wait(N); }
 inline void fence_async() { emulator::fence_async(); }
-inline void fence_async_global() {}  // launches run one after another
+inline void fence_async_global() { emulator::fence_async_global(); }
+inline void prefetch_line(const void*) {}
+
+// ---- flags in global memory ---------------------------------------------------------------------------------------
+
+inline void raise_flag(uint32_t* flag, emulator::Site site = EMULATOR_CALLER) { emulator::raise_flag(flag, site); }
+inline uint32_t read_flag(const uint32_t* flag, emulator::Site site = EMULATOR_CALLER) {
+    return emulator::read_flag(flag, site);
+}
 
 // ---- products of a warpgroup: wgmma.cuh has the shapes ------------------------------------------------------------
 

@@ -41,6 +41,9 @@ void reduce_floats(float* to, uint32_t from, int floats, Site site);
 void store_box_commit();
 void store_box_wait(int newest_allowed);
 void fence_async();
+void fence_async_global();
+void raise_flag(uint32_t* flag, Site site);
+uint32_t read_flag(const uint32_t* flag, Site site);
 
 // ---- products of a warpgroup --------------------------------------------------------------------------------------
 
