@@ -744,7 +744,7 @@ __global__ void flags(float* a, float* b, uint32_t* flag, int bug) {
         reinterpret_cast<float4*>(a)[t - 32] = make_float4(float(t), 1.f, 2.f, 3.f);
         if (!BUG(no_fence)) fence_async_global();
         if (!BUG(no_syncwarp)) __syncwarp();
-        if (t == 32 && !BUG(raised_early)) raise_flag(flag);
+        if (t == 32 && !BUG(raised_early) && !BUG(not_raised)) raise_flag(flag);
         return;
     }
     prefetch_line(a);
@@ -777,6 +777,7 @@ def test_flags() -> None:
     faults(compiled(FLAGS), "fence_async_global is missing: load_bytes reads", a, b, flag, case="no_fence")
     faults(compiled(FLAGS), unordered, a, b, flag, case="no_syncwarp")
     faults(compiled(FLAGS), unordered, a, b, flag, case="raised_early")
+    faults(compiled(FLAGS), "deadlock: .*at read_flag kernel.cpp", a, b, flag, case="not_raised")
 
 
 REGISTER_FILE = """

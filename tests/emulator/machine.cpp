@@ -122,40 +122,6 @@ namespace {
     siglongjmp(m.escape, 1);
 }
 
-void switch_to_scheduler() { Context::change(contexts[m.self], scheduler); }
-
-}  // namespace
-
-void wait(const char* name, Site site) {
-    Fiber& fiber = *m.fiber;
-    fiber.waits_at = name;
-    fiber.site = site;
-    m.warps[m.self / 32].ready &= ~(1u << m.self % 32);
-    switch_to_scheduler();
-    fiber.waits_at = nullptr;
-}
-
-void wake(const std::vector<int>& threads) {
-    for (int t : threads) m.warps[t / 32].ready |= 1u << t % 32;
-}
-
-void let_others_run() {
-    m.yielded = true;
-    switch_to_scheduler();
-}
-
-namespace {
-
-void fiber_main() {
-    m.invoke(m.kernel);
-    if (m.agents_used) exit_thread_sm90();
-    m.fiber->done = true;
-    m.warps[m.self / 32].ready &= ~(1u << m.self % 32);
-    ++m.done;
-    switch_to_scheduler();
-    abort();
-}
-
 std::string waiting() {
     struct Group {
         const char* name;
@@ -166,7 +132,7 @@ std::string waiting() {
     std::vector<Group> groups;
     for (int t = 0; t < m.threads; ++t) {
         Fiber& f = m.fibers[t];
-        const char* name = f.done ? "exit" : f.waits_at;
+        const char* name = f.done ? "exit" : f.waits_at ? f.waits_at : "work";
         bool found = false;
         for (Group& g : groups)
             if (!strcmp(g.name, name) && (f.done || (g.site.line == f.site.line && g.mbarrier == f.waits_for &&
@@ -187,6 +153,53 @@ std::string waiting() {
     return s;
 }
 
+void switch_to_scheduler() { Context::change(contexts[m.self], scheduler); }
+
+}  // namespace
+
+void wait(const char* name, Site site) {
+    Fiber& fiber = *m.fiber;
+    fiber.waits_at = name;
+    fiber.site = site;
+    m.warps[m.self / 32].ready &= ~(1u << m.self % 32);
+    switch_to_scheduler();
+    fiber.waits_at = nullptr;
+}
+
+void wake(const std::vector<int>& threads) {
+    m.polls = 0;
+    for (int t : threads) m.warps[t / 32].ready |= 1u << t % 32;
+}
+
+void let_others_run() {
+    m.yielded = true;
+    switch_to_scheduler();
+}
+
+void poll(const char* name, Site site, int mbarrier, uint32_t parity) {
+    Fiber& fiber = *m.fiber;
+    fiber.waits_at = name;
+    fiber.site = site;
+    fiber.waits_for = mbarrier;
+    fiber.parity = parity;
+    if (++m.polls > 100000) leave("deadlock: " + waiting());
+    let_others_run();
+    fiber.waits_at = nullptr;
+    fiber.waits_for = -1;
+}
+
+namespace {
+
+void fiber_main() {
+    m.invoke(m.kernel);
+    if (m.agents_used) exit_thread_sm90();
+    m.fiber->done = true;
+    m.warps[m.self / 32].ready &= ~(1u << m.self % 32);
+    ++m.done;
+    switch_to_scheduler();
+    abort();
+}
+
 // Copies that nobody waited for: by an exited block, or by a launch that ended in a fault.
 void forget_copies() {
     for (Fiber& f : m.fibers) {
@@ -200,6 +213,7 @@ void run_block() {
     ++m.statistics.blocks;
     ++m.block;
     m.done = 0;
+    m.polls = 0;
     for (Barrier& barrier : m.barriers) {
         barrier.waiting.clear();
         barrier.came.reset();
@@ -455,6 +469,7 @@ int run(Grid grid, int threads, int shared_bytes, bool overlap, void (*invoke)(v
     Signals signals;
     if (sigsetjmp(m.escape, 1)) {
         forget_previous_launch();
+        madvise(m.under_way, max_threads * stack_bytes / 4, MADV_DONTNEED);  // zeros
         m.fiber = nullptr;
         return fault_status;
     }

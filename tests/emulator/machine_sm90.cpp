@@ -3,7 +3,12 @@
 // What is asynchronous happens as late as the program allows. Loads land in any order, when nothing else can happen or
 // at a random moment before; until then their destination holds NaN and may not be touched. Stores read shared memory
 // at the store_box_wait of their thread. Products read shared memory and write their accumulators at the product_wait
-// of each warp; until then the accumulators hold NaN. So a missing wait gives NaN or a fault, never the right result.
+// of each warp, which takes its 16 rows of A and all of B; until then the accumulators hold NaN and their registers may
+// not be touched.
+//
+// Ordering is what PTX promises, no more: who uses what was copied has waited for it, or knows of a thread that has;
+// and what was written by plain stores and is read by copies or products needs a fence_async() of its writer on the
+// way.
 #include "machine_state.h"
 
 #include <algorithm>
@@ -202,7 +207,7 @@ bool mbarrier_test(uint32_t address, uint32_t parity, Site site) {
     Mbarrier& b = mbarrier_at("mbarrier_test", address, site);
     if (parity > 1) fault("mbarrier_test at %s: parity %u", text(site).c_str(), parity);
     if (!reached(b, parity)) {
-        let_others_run();
+        poll("mbarrier_test", site, int(&b - m.mbarriers.data()), parity);
         if (!reached(b, parity)) {
             if (below(2)) land_one();  // whoever asks again and again gets an answer
             return false;
@@ -364,6 +369,7 @@ void carry_out(const Store& store) {
 
 bool land_one() {
     if (m.loads.empty()) return false;
+    m.polls = 0;
     size_t i = below(unsigned(m.loads.size()));
     Load load = m.loads[i];
     m.loads.erase(m.loads.begin() + long(i));
@@ -458,7 +464,7 @@ void raise_flag(uint32_t* flag, Site site) {
 
 uint32_t read_flag(const uint32_t* flag, Site site) {
     m.last = site;
-    let_others_run();  // who raises it may be among them
+    poll("read_flag", site, -1, 0);  // who raises it may be among the others
     if (!m.loads.empty() && below(32) == 0) land_one();
     global_access(flag, sizeof *flag, Kind::read, site);
     auto found = m.flags.find(flag);
@@ -680,8 +686,7 @@ void multiply(const ProductOperands& operands, float* d, const uint32_t* a, Site
         fault("divergent warpgroup: this thread is at multiply %s%s, others at multiply %s", text(site).c_str(),
               product->site.line == site.line ? " with other operands" : "", text(product->site).c_str());
 
-    bool first_lane = number == products.first + products.parts.size();
-    if (first_lane) {
+    if (number == products.first + products.parts.size()) {
         Part part;
         part.product = product;
         part.group = f.product_group;
@@ -710,8 +715,9 @@ void multiply(const ProductOperands& operands, float* d, const uint32_t* a, Site
         part.a_at[lane] = a;
         memcpy(part.a[lane], a, sizeof part.a[lane]);
     }
-    part.lanes |= 1u << lane;
-    if (first_lane || part.lanes == 0xffffffffu) read_operands(*product, part.group);
+    // Checked with what the first lane knows; whatever order the lanes come in, one that does not know is first at
+    // times.
+    if (++part.lanes == 1) read_operands(*product, part.group);
     if (++product->threads == 128) {
         wake(warpgroup.waiting);
         warpgroup.waiting.clear();
@@ -796,13 +802,6 @@ void start_block_sm90() {
     for (int i = 0; i < max_agents; ++i) m.floor[max_threads + i] = ++m.agent_clock[i];
     m.floor[previous_kernel] = Time(m.block) + m.previous.empty();
     for (int w = 0; w < max_warps; ++w) {
-        // A launch that ended in a fault left some under way.
-        for (const Part& part : m.products[w].parts)
-            for (int l = 0; l < 32; ++l)
-                if (part.product->operands.a_in_registers && part.lanes >> l & 1) mark(part.a_at[l], 4, -1);
-        for (const auto& live : m.products[w].live)
-            for (const float* d : live->at)
-                if (d) mark(d, live->columns / 2, -accumulator_under_way);
         m.products[w].parts.clear();
         m.products[w].first = 0;
         m.products[w].live.clear();

@@ -203,7 +203,7 @@ struct Part {
     std::shared_ptr<Product> product;
     std::shared_ptr<Accumulator> accumulator;
     Time group;
-    uint32_t lanes = 0;  // that have issued it
+    int lanes = 0;  // that have issued it
     const uint32_t* a_at[32];
     uint32_t a[32][4];
 };
@@ -282,6 +282,7 @@ struct Machine {
     Byte* bytes = nullptr;
     Chunk* chunks = nullptr;
     int done = 0;
+    int polls;                                              // since the last time that anybody could go on for it
     bool yielded = false;                                   // somebody asks for another warp's turn
     std::vector<unsigned> order;                            // of the blocks
     bool dependents_started;                                // what is written from now on, dependents have to wait for
@@ -318,6 +319,7 @@ std::string text(const Where& where);
 void wait(const char* name, Site site);  // sleep until somebody calls wake()
 void wake(const std::vector<int>& threads);
 void let_others_run();
+void poll(const char* name, Site site, int mbarrier, uint32_t parity);  // the same, of who asks again and again
 void access(const void* address, size_t size, Kind kind, Where where);
 void check_byte(size_t i, Kind kind, Where where);  // a fault unless it may be accessed
 void global_access(const void* address, size_t size, Kind kind, Where where);
@@ -345,6 +347,7 @@ inline void merge(Times& to, const Times& from) {
 }
 // What this thread did and knows becomes known to whoever acquires it.
 inline void release(Times& to) {
+    m.polls = 0;
     m.known[m.self][m.self] = ++m.clock[m.self / 32];
     merge(to, m.known[m.self]);
 }
