@@ -38,6 +38,8 @@ class ForwardTiles:
     """Query tiles in shared memory: with two, the next one arrives while this one is worked on."""
     normalize_warpgroup: bool = True
     """A warpgroup of its own normalises queries, ahead of those that attend to them; else these do it."""
+    own_outputs: bool = True
+    """Finished rows have shared memory of their own; else they take the place of their queries."""
 
     @property
     def block_m(self) -> int:
@@ -48,16 +50,16 @@ class ForwardTiles:
     def registers(self) -> tuple[int, int, int]:
         """Of a thread that copies, that normalises, that attends."""
         if self.normalize_warpgroup:
-            return {2: (40, 64, 200), 3: (32, 64, 128)}[self.warpgroups]
+            return {2: (32, 96, 192), 3: (24, 72, 128)}[self.warpgroups]
         return {2: (24, 0, 240), 3: (32, 0, 160), 4: (32, 0, 112)}[self.warpgroups]
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = padded(spec.head_dim), padded(spec.value_dim)
-        if self.query_buffers == 1:  # outputs take the place of queries
-            queries = self.block_m * max(d, dv)
-        else:
+        if self.own_outputs:
             queries = self.block_m * (self.query_buffers * d + dv)
+        else:
+            queries = self.block_m * self.query_buffers * max(d, dv)
         keys = self.stages * self.block_n * (d + dv)
         return 2 * (queries + keys) + BARRIER_BYTES + ALIGNMENT
 
@@ -72,15 +74,17 @@ def forward_tiles(spec: KernelSpec) -> ForwardTiles:
 
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
+    if spec.bias is not None and widest <= 128:  # it takes as many registers as the logits
+        return [ForwardTiles(3, 64, 4, 2, False)] if widest <= 64 else [ForwardTiles(2, 64, 3, 2, False)]
     if widest <= 64:
-        return [ForwardTiles(3, 64, 6, 2)]
+        return [ForwardTiles(4, 64, 8, 2, False)]
     if widest <= 96:
-        return [ForwardTiles(2, 128, 2, 2)]
+        return [ForwardTiles(3, 64, 4, 2, False)]
     if widest <= 128:
-        return [ForwardTiles(2, 64, 4, 2)]
+        return [ForwardTiles(2, 128, 2, 2, False), ForwardTiles(2, 128, 2, 2, False, False)]
     if widest <= 192:
-        return [ForwardTiles(2, 96, 2, 1, False)]
-    return [ForwardTiles(2, 64, 2, 1, False)]
+        return [ForwardTiles(2, 64 if spec.bias else 96, 2, 1, False, False)]
+    return [ForwardTiles(2, 48 if spec.bias else 64, 2, 1, False, False)]
 
 
 def wgmma_columns(spec: KernelSpec) -> list[int]:

@@ -110,6 +110,8 @@ __device__ __forceinline__ void store_box_commit() { asm volatile("cp.async.bulk
 template <int N> __device__ __forceinline__ void store_box_wait() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
+// Wait until what this thread's stores have written is there for everyone.
+__device__ __forceinline__ void store_box_finish() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // What this thread has written to shared memory is visible to the copy engine and to products issued after the next
 // barrier.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
