@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cosattn import tiles_sm90_backward
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
 
@@ -12,6 +13,10 @@ def family_of(spec: KernelSpec) -> str:
     ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers.
     """
     for family in ARCHS[spec.arch].families:
-        if family == "sm80" or (spec.dtype != "float32" and spec.direction == "forward"):
+        if family == "sm80" or (spec.dtype != "float32" and _serves_sm90(spec)):
             return family
     raise AssertionError(f"no family serves {spec.name}")
+
+
+def _serves_sm90(spec: KernelSpec) -> bool:
+    return spec.direction == "forward" or tiles_sm90_backward.serves(spec)

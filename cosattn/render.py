@@ -15,10 +15,10 @@ from typing import Any
 
 import jinja2
 
+from cosattn import tiles, tiles_sm90, tiles_sm90_backward
 from cosattn.arch import ARCHS
-from cosattn.spec import KernelSpec
 from cosattn.families import family_of
-from cosattn import tiles, tiles_sm90
+from cosattn.spec import KernelSpec
 
 _ELEMENTS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 _INCLUDE = re.compile(r'^#include "(include/[\w./]+)"', re.MULTILINE)
@@ -80,7 +80,12 @@ def _headers_of(source: str, variables: Mapping[str, Any]) -> dict[str, str]:
     return dict(sorted(headers.items()))
 
 
-_CUTS = {"sm80": tiles.cuts, "sm90": tiles_sm90.cuts}
+_CUTS = {
+    ("sm80", "forward"): tiles.cuts,
+    ("sm80", "backward"): tiles.cuts,
+    ("sm90", "forward"): tiles_sm90.cuts,
+    ("sm90", "backward"): tiles_sm90_backward.cuts,
+}
 
 
 def render(spec: KernelSpec) -> Rendered:
@@ -91,7 +96,7 @@ def render(spec: KernelSpec) -> Rendered:
         "arch": ARCHS[spec.arch],
         "element": _ELEMENTS[spec.dtype],
         "bias_element": _ELEMENTS[spec.bias] if spec.bias else None,
-        **_CUTS[family](spec),
+        **_CUTS[family, spec.direction](spec),
     }
     source = _environment().get_template(f"{family}/{spec.direction}.cu.jinja").render(variables)
     return Rendered(spec, source, _headers_of(source, variables))

@@ -106,7 +106,7 @@ SIZED = [
         ("forward", "sm90", "float32", (64, 64)),
         ("forward", "sm80", "bfloat16", (40, 128)),
         ("backward", "sm90", "float32", (64, 64)),
-        ("backward", "sm90", "bfloat16", (128, 128)),
+        ("backward", "sm80", "bfloat16", (128, 128)),
         ("backward", "sm86", "float16", (72, 8)),
         ("backward", "sm86", "float32", (8, 256)),
     ]

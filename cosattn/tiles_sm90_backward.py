@@ -1,0 +1,94 @@
+"""Tile shapes of the sm90 family's backward: (spec) -> how its work is cut, checked against shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cosattn.arch import ARCHS
+from cosattn.spec import KernelSpec
+
+BLOCK_M = 64
+"""Queries of a tile."""
+DS_BUFFERS = 2
+ALIGNMENT = 1024 - 128
+"""Bytes lost at most: shared memory begins at a multiple of 128, a swizzle pattern at one of 1024."""
+
+
+def padded(columns: int) -> int:
+    """Columns of a tile in shared memory: slabs of 32 or 64."""
+    return 32 if columns <= 32 else (columns + 63) // 64 * 64
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """How the backward kernel is cut: some warpgroups own 64 keys each, one more brings the tiles of queries."""
+
+    warpgroups: int
+    """That own keys."""
+    stages: int
+    """Tiles of queries in shared memory."""
+    resident: bool
+    """k_hat and v are operands in registers."""
+    query_warpgroup: bool
+    """dQ is the work of the warpgroup that brings the tiles; else of the two that own keys."""
+    fold: bool
+    """-lse and -delta are added by the products, as three bfloat16 parts each."""
+    registers: tuple[int, int]
+    """Of a thread that owns keys, and of the others."""
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a thread block."""
+        return 64 * self.warpgroups
+
+    def shared_bytes(self, spec: KernelSpec) -> int:
+        """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
+        d, dv = padded(spec.head_dim), padded(spec.value_dim)
+        keys = self.block_n * (2 * d + dv)
+        queries = self.stages * BLOCK_M * (d + dv)
+        ds = DS_BUFFERS * self.block_n * BLOCK_M
+        dq = 0 if self.query_warpgroup else self.warpgroups * 64 * 64 * 4
+        barriers = 8 * (1 + 2 * self.stages + 2 * DS_BUFFERS + 2 * self.warpgroups)
+        statistics = self.stages * (32 if self.fold else 8) * BLOCK_M
+        return 2 * (keys + queries + ds) + dq + statistics + barriers + ALIGNMENT
+
+
+def backward_tiles(spec: KernelSpec) -> BackwardTiles:
+    """The first candidate, fastest first, that fits the architecture's shared memory."""
+    for tiles in _candidates(spec):
+        if tiles.shared_bytes(spec) <= ARCHS[spec.arch].shared_memory:
+            return tiles
+    raise AssertionError(f"no backward tile fits {spec.name}")
+
+
+def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
+    fold = spec.dtype == "bfloat16"  # float16 has no room for parts of delta
+    if spec.head_dim <= 32 and spec.value_dim <= 32:
+        return [BackwardTiles(3, 4, False, True, False, (144, 80))]
+    if spec.head_dim <= 64:
+        return [BackwardTiles(2, 4, True, True, fold, (216, 72))]
+    registers = (240, 24) if spec.head_dim + spec.value_dim > 224 else (232, 40)
+    return [BackwardTiles(2, stages, False, False, False, registers) for stages in (3, 2)]
+
+
+def serves(spec: KernelSpec) -> bool:
+    """Whether the family has a backward kernel for a spec: what it lacks are biases, repeatable sums and wide rows."""
+    return (
+        spec.dtype != "float32"
+        and spec.bias is None
+        and not spec.deterministic
+        and max(spec.head_dim, spec.value_dim) <= (64 if spec.head_dim <= 64 else 128)
+        and spec.head_dim // spec.groups % 8 == 0
+    )
+
+
+def wgmma_columns(spec: KernelSpec) -> list[int]:
+    """Columns of the accumulators that the kernel multiplies into."""
+    d, dv = ((columns + 15) // 16 * 16 for columns in (spec.head_dim, spec.value_dim))
+    return sorted({BLOCK_M, d, dv, min(d, 64)})
+
+
+def cuts(spec: KernelSpec) -> dict[str, Any]:
+    """What the template is given."""
+    return {"tiles": backward_tiles(spec), "wgmma_columns": wgmma_columns(spec)}

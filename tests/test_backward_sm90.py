@@ -1,0 +1,157 @@
+"""The Hopper backward: which specs it serves, what is in shared memory, what ptxas makes of it, and its results."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import relative_error
+from emulator import build, harness
+from emulator import check as checking
+from emulator.check import Problem, check, exact, tensors_of
+from sass import compile_spec
+
+from cosattn import toolchain
+from cosattn.arch import ARCHS
+from cosattn.errors import ToolchainError
+from cosattn.families import family_of
+from cosattn.render import render
+from cosattn.spec import KernelSpec
+from cosattn.tiles_sm90_backward import BLOCK_M, backward_tiles, serves, wgmma_columns
+
+PLAIN = KernelSpec("backward", "sm90", "bfloat16", 64, 64)
+
+PROBLEMS = [
+    Problem(d=8, sq=70, heads=4, kv_heads=1),
+    Problem(d=24, dv=16, sq=100, sk=270, causal=True),
+    Problem(d=32, sq=300, sk=200),
+    Problem(d=40, sq=129, sk=130, dtype="float16", dlse=True, scale=0),
+    Problem(d=64, sq=130),
+    Problem(d=64, sq=140, heads=4, kv_heads=2, causal=True, mask=True),
+    Problem(d=64, sq=90, l2norm=False, causal=True),
+    Problem(d=64, sq=90, groups=4, mask=True),
+    Problem(d=64, sq=100, dtype="float16", causal=True, softmax="online"),
+    Problem(d=64, sq=300, sk=100, causal=True),
+    Problem(d=64, sq=1, sk=300),
+    Problem(d=72, sq=300, sk=70, dtype="float16", causal=True),
+    Problem(d=96, sq=140, sk=150, causal=True, mask=True, groups=2),
+    Problem(d=112, dv=80, sq=70, sk=200, strided=True),
+    Problem(d=128, sq=200, heads=2, kv_heads=1),
+    Problem(d=128, sq=65, softmax="online", scale=60.0),
+]
+
+
+_SPECS = checking.specs
+
+
+def specs(problem: Problem) -> Iterator[KernelSpec]:
+    """The forward of sm80 and the backward of sm90."""
+    forward, backward = _SPECS(problem)
+    yield forward
+    yield replace(backward, arch="sm90")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_results(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, backward = specs(problem)
+    assert family_of(backward) == "sm90"
+    monkeypatch.setattr(checking, "specs", specs)
+    check(problem)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(d=32, causal=True),
+        Problem(d=64, causal=True, dtype="float16"),
+        Problem(d=64),
+        Problem(d=128, causal=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("name", "row"), [("dout", 70), ("q", 70), ("v", 130)])
+def test_what_is_not_finite_stays_with_those_that_see_it(problem: Problem, name: str, row: int) -> None:
+    problem = replace(problem, sq=200)
+    t = tensors_of(problem)
+    results = exact(problem, t)
+    getattr(t, name)[0, 0, row, 3] = torch.nan
+    forward, backward = specs(problem)
+    first = harness.run_forward(forward, t.q, t.k, t.v, scale=t.scale)
+    found = harness.run_backward(backward, t.q, t.k, t.v, first.out, first.lse, t.dout, scale=t.scale)
+    touched = {"dq": torch.zeros(200, dtype=torch.bool), "dk": torch.zeros(200, dtype=torch.bool)}
+    rows = range(row, 200) if name == "v" and problem.causal else range(200) if name == "v" else [row]
+    touched["dq"][list(rows)] = True
+    touched["dk"][: 200 if name == "v" or not problem.causal else row + 1] = True
+    for gradient, expected in (("dq", touched["dq"]), ("dk", touched["dk"])):
+        x = getattr(found, gradient)
+        assert torch.equal(~x[0, 0].isfinite().all(-1), expected), gradient
+        assert relative_error(x[1], results[gradient][1]) < 0.01
+        assert x[0, 1].isfinite().all()
+
+
+def test_what_it_serves() -> None:
+    assert serves(PLAIN)
+    for change in (
+        {"dtype": "float32"},
+        {"bias": "bfloat16"},
+        {"deterministic": True},
+        {"head_dim": 136, "value_dim": 136},
+        {"value_dim": 128},
+        {"groups": 16},
+    ):
+        spec = replace(PLAIN, **change)  # type: ignore[arg-type]
+        assert not serves(spec)
+        assert family_of(spec) == "sm80"
+
+
+def test_tiles_fit() -> None:
+    for d, dv in itertools.product(range(8, 129, 8), repeat=2):
+        for dtype in ("float16", "bfloat16"):
+            spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=dv)
+            if serves(spec):
+                tiles = backward_tiles(spec)
+                assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory
+                assert tiles.warpgroups * tiles.registers[0] + tiles.registers[1] <= 65536 // 128
+                assert all(columns % 8 == 0 and columns <= 256 for columns in wgmma_columns(spec))
+                assert BLOCK_M in wgmma_columns(spec)
+
+
+@pytest.mark.parametrize("d", [32, 64, 96, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_shared_bytes_are_those_of_the_source(d: int, dtype: str, tmp_path: Path) -> None:
+    spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d)  # type: ignore[arg-type]
+    rendered = render(spec)
+    emulator = build.HERE / "include"
+    for name, text in rendered.headers.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replaced = path.name in build.REPLACED
+        path.write_text(build._rendered_products(text) + (emulator / path.name).read_text() if replaced else text)
+    source = tmp_path / "kernel.cpp"
+    size = backward_tiles(spec).shared_bytes(spec)
+    source.write_text(f'{rendered.source}static_assert(SHARED_BYTES == {size}, "");\n')
+    flags = ["-std=c++17", "-fsyntax-only", "-w", f"-I{emulator}", f"-I{tmp_path}", "-include", "cuda_runtime.h"]
+    done = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("d", [32, 64, 96, 112, 128])
+@pytest.mark.parametrize("features", [{}, {"causal": True}, {"mask": True, "softmax": "online"}], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_are_not_serialised(d: int, features: dict[str, object], dtype: str, tmp_path: Path) -> None:
+    """No spill, no stack, nothing that ptxas says about wgmma."""
+    try:
+        toolchain.find(ARCHS["sm90"], torch.version.cuda)
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d, **features)  # type: ignore[arg-type]
+    cubin = compile_spec(spec, tmp_path)
+    assert cubin.warnings == []
+    kernel = cubin.kernels["backward_keys"]
+    assert kernel.stack == kernel.spilled == 0
+    assert kernel.count("HGMMA") > 0
