@@ -84,7 +84,7 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
         return [ForwardTiles(2, 128, 2, 2, False), ForwardTiles(2, 128, 2, 2, False, False)]
     if widest <= 192:
         return [ForwardTiles(2, 64 if spec.bias else 96, 2, 1, False, False)]
-    return [ForwardTiles(2, 48 if spec.bias else 64, 2, 1, False, False)]
+    return [ForwardTiles(2, 32 if spec.bias else 64, 2, 1, False, False)]
 
 
 def wgmma_columns(spec: KernelSpec) -> list[int]:
