@@ -654,7 +654,7 @@ def test_barriers_without_waiting() -> None:
 
 
 SUMS = """
-__global__ void sums(float* result, int bug) {
+__global__ void sums(float* result, float* seen, int bug) {
     ALIGNED_SHARED(shared);
     float* const s = reinterpret_cast<float*>(shared);
     const int t = threadIdx.x;
@@ -666,22 +666,29 @@ __global__ void sums(float* result, int bug) {
         store_box_commit();
     }
     if (BUG(reuse)) s[t] = 0.f;
-    if (t == 0 && !BUG(exit)) store_box_wait<0>();
+    if (t == 0 && !BUG(exit)) {
+        if (BUG(finish)) store_box_finish();
+        else store_box_wait<0>();
+        seen[blockIdx.x] = result[1];
+    }
 }
 extern "C" int start(void** p, int bug) {
-    return launch(sums, Launch{dim3(3), 64, 4096, nullptr, false}, static_cast<float*>(p[0]), bug);
+    return launch(sums, Launch{dim3(3), 64, 4096, nullptr, false}, static_cast<float*>(p[0]),
+                  static_cast<float*>(p[1]), bug);
 }
 """
 
 
 def test_sums_of_floats() -> None:
-    result = torch.ones(64)
-    run(compiled(SUMS), result)
-    assert torch.equal(result, 3 * torch.arange(64.0) + 1)
-    faults(compiled(SUMS), "destination.* is not 16-byte aligned", result, case="misaligned")
-    faults(compiled(SUMS), "62 floats", result, case="size")
-    faults(compiled(SUMS), "which the store of thread 0 .* reads|race in shared memory", result, case="reuse")
-    faults(compiled(SUMS), "a thread exits while its store at", result, case="exit")
+    for case, expected in ((0, [1, 2, 3]), ("finish", [2, 3, 4])):  # they arrive late unless somebody waits for it
+        result, seen = torch.ones(64), torch.empty(3)
+        run(compiled(SUMS), result, seen, case=case)
+        assert torch.equal(result, 3 * torch.arange(64.0) + 1)
+        assert sorted(seen.tolist()) == expected
+    faults(compiled(SUMS), "destination.* is not 16-byte aligned", result, seen, case="misaligned")
+    faults(compiled(SUMS), "62 floats", result, seen, case="size")
+    faults(compiled(SUMS), "which the store of thread 0 .* reads|race in shared memory", result, seen, case="reuse")
+    faults(compiled(SUMS), "a thread exits while its store at", result, seen, case="exit")
 
 
 OVERLAP = """

@@ -708,12 +708,12 @@ void copy_async_wait(int newest_allowed) {
 void dependents_may_start() { m.dependents_started = true; }
 void wait_for_previous_kernel() { m.known[m.self][previous_kernel] = Time(m.block) + 1; }
 
-void global_access(const void* address, size_t size, Kind kind, Where where) {
+void global_access(const void* address, size_t size, Kind kind, Where where, bool async) {
     if (m.dependents_started && kind == Kind::write) m.written.add(address, size);
     if (kind == Kind::write && !m.mbarriers.empty())
         for (size_t i = reinterpret_cast<uintptr_t>(address) / 16; i * 16 < reinterpret_cast<uintptr_t>(address) + size;
              ++i)
-            m.global_writes[i] = {m.block, m.clock[m.self / 32], uint32_t(m.fiber->global_fences.size()), m.self,
+            m.global_writes[i] = {m.block, m.clock[m.self / 32], async, uint32_t(m.fiber->global_fences.size()), m.self,
                                   where};
     if (!m.previous.empty() && !ordered(previous_kernel, Time(m.block)) && m.previous.contain(address, size))
         fault("%s address <0x%zx> at %s, which the previous kernel writes: no wait_for_previous_kernel before",

@@ -2,9 +2,9 @@
 //
 // What is asynchronous happens as late as the program allows. Loads land in any order, when nothing else can happen or
 // at a random moment before; until then their destination holds NaN and may not be touched. Stores read shared memory
-// at the store_box_wait of their thread. Products read shared memory and write their accumulators at the product_wait
-// of each warp, which takes its 16 rows of A and all of B; until then the accumulators hold NaN and their registers may
-// not be touched.
+// at the store_box_wait of their thread, and global memory has what they write at its store_box_finish or exit.
+// Products read shared memory and write their accumulators at the product_wait of each warp, which takes its 16 rows of
+// A and all of B; until then the accumulators hold NaN and their registers may not be touched.
 //
 // Ordering is what PTX promises, no more: who uses what was copied has waited for it, or knows of a thread that has;
 // and what was written by plain stores and is read by copies or products needs a fence_async() of its writer on the
@@ -266,6 +266,7 @@ void check_source(const char* name, const unsigned char* global, int bytes, Site
               reinterpret_cast<size_t>(global), text(site).c_str(), w.thread, text(w.where).c_str());
     // By its writer before this thread knew, or by this thread since.
     const std::vector<Time>& fences = m.fibers[size_t(w.thread)].global_fences;
+    if (w.async) return;
     bool there = w.fences < fences.size() && (w.thread == m.self || ordered(w.thread, fences[w.fences]));
     const Times* known = m.fiber->known_at_fence.get();
     bool here = known && (w.thread == m.self ? false : w.time < (*known)[w.thread]);
@@ -347,22 +348,28 @@ void start_store(const char* name, Store& store, Site site) {
     ++m.statistics.stores;
 }
 
-void carry_out(const Store& store) {
+void write(const Store& store) {
     m.last = store.where;
     if (!store.sums) {
         for_chunks(store.map, store.at, store.from, [&](uint32_t offset, const unsigned char* global, int bytes) {
             if (!bytes) return;
-            global_access(global, size_t(bytes), Kind::write, store.where);
-            memcpy(const_cast<unsigned char*>(global), m.shared + offset, size_t(bytes));
+            global_access(global, size_t(bytes), Kind::write, store.where, true);
+            memcpy(const_cast<unsigned char*>(global), &store.read[offset - store.from], size_t(bytes));
         });
         return;
     }
-    global_access(store.sums, size_t(store.size), Kind::write, store.where);
+    global_access(store.sums, size_t(store.size), Kind::write, store.where, true);
     for (int i = 0; i < store.size / 4; ++i) {
         float x;
-        memcpy(&x, m.shared + store.from + 4 * i, sizeof x);
+        memcpy(&x, &store.read[size_t(4 * i)], sizeof x);
         store.sums[i] += x;
     }
+}
+
+// Global memory has what the stores of this thread no longer need shared memory for.
+void finish_written() {
+    for (const Store& store : m.fiber->written) write(store);
+    m.fiber->written.clear();
 }
 
 }  // namespace
@@ -431,12 +438,20 @@ void store_box_wait(int newest_allowed) {
     Fiber& f = *m.fiber;
     if (f.storer < 0) return;
     size_t done = 0;
-    while (done < f.stores.size() && f.stores[done].group + Time(newest_allowed) < f.store_group)
-        carry_out(f.stores[done++]);
+    while (done < f.stores.size() && f.stores[done].group + Time(newest_allowed) < f.store_group) {
+        Store& store = f.stores[done++];
+        store.read.assign(m.shared + store.from, m.shared + store.from + store.size);
+        f.written.push_back(std::move(store));
+    }
     f.stores.erase(f.stores.begin(), f.stores.begin() + long(done));
     Time& known = m.known[m.self][store_agent(f.storer)];
     Time all = f.store_group - std::min(Time(newest_allowed), f.store_group);
     known = std::max(known, all);
+}
+
+void store_box_finish() {
+    store_box_wait(0);
+    finish_written();
 }
 
 void fence_async() {
@@ -816,6 +831,7 @@ void start_block_sm90() {
     for (int t = 0; t < m.threads; ++t) {
         Fiber& f = m.fibers[size_t(t)];
         f.stores.clear();
+        f.written.clear();
         f.storer = -1;
         f.store_group = 0;
         f.fences.clear();
@@ -832,6 +848,7 @@ void start_block_sm90() {
 void exit_thread_sm90() {
     const Fiber& f = *m.fiber;
     if (!f.stores.empty()) fault("a thread exits while its store at %s is under way", text(f.stores[0].where).c_str());
+    finish_written();
     const WarpProducts& products = m.products[m.self / 32];
     if (f.products > products.first)
         fault("a thread exits while its product at %s is under way", text(products.parts[0].product->site).c_str());

@@ -64,6 +64,7 @@ struct Store {
     int size;
     Time group;
     Where where;
+    std::vector<unsigned char> read{};
 };
 
 struct Fiber {
@@ -73,10 +74,11 @@ struct Fiber {
     uint32_t parity;
     Site site;
     std::vector<Copy> copies;
-    uint64_t group;  // number of groups of copies committed so far
-    std::vector<Store> stores;
-    int storer;        // -1 before the first store
-    Time store_group;  // the one that the next store belongs to
+    uint64_t group;              // number of groups of copies committed so far
+    std::vector<Store> stores;   // that still read shared memory
+    std::vector<Store> written;  // that do not, but global memory does not have it all yet
+    int storer;                  // -1 before the first store
+    Time store_group;            // the one that the next store belongs to
     std::vector<Time> fences;
     size_t products;      // issued so far
     Time product_group;   // the one that the next product belongs to
@@ -146,6 +148,7 @@ struct Chunk {
 struct GlobalWrite {
     uint64_t block;
     Time time;
+    bool async;       // by a store
     uint32_t fences;  // how many fence_async_global() its writer had made before
     int thread;
     Where where;
@@ -322,7 +325,7 @@ void let_others_run();
 void poll(const char* name, Site site, int mbarrier, uint32_t parity);  // the same, of who asks again and again
 void access(const void* address, size_t size, Kind kind, Where where);
 void check_byte(size_t i, Kind kind, Where where);  // a fault unless it may be accessed
-void global_access(const void* address, size_t size, Kind kind, Where where);
+void global_access(const void* address, size_t size, Kind kind, Where where, bool async = false);
 
 // To the precision of float32.
 inline double truncated(double x) {

@@ -64,7 +64,7 @@ inline void reduce_floats(float* to, uint32_t from, int floats, emulator::Site s
 }
 inline void store_box_commit() { emulator::store_box_commit(); }
 template <int N> inline void store_box_wait() { emulator::store_box_wait(N); }
-inline void store_box_finish() { emulator::store_box_wait(0); }
+inline void store_box_finish() { emulator::store_box_finish(); }
 inline void fence_async() { emulator::fence_async(); }
 inline void fence_async_global() { emulator::fence_async_global(); }
 inline void prefetch_line(const void*) {}

@@ -40,6 +40,7 @@ void store_box(const TensorMap& map, uint32_t from, int column, int row, int hea
 void reduce_floats(float* to, uint32_t from, int floats, Site site);
 void store_box_commit();
 void store_box_wait(int newest_allowed);
+void store_box_finish();
 void fence_async();
 void fence_async_global();
 void raise_flag(uint32_t* flag, Site site);
