@@ -693,7 +693,6 @@ def test_sums_of_floats() -> None:
 
 OVERLAP = """
 __global__ void first(float* a) {
-    dependents_may_start();
     a[threadIdx.x] = float(threadIdx.x);
 }
 __global__ void second(const float* a, float* b, int bug) {

@@ -437,7 +437,6 @@ int run(Grid grid, int threads, int shared_bytes, bool overlap, void (*invoke)(v
     if (!overlap) m.written.clear();
     m.previous.swap(m.written);
     m.written.clear();
-    m.dependents_started = false;
     m.global_writes.clear();
     m.flags.clear();
     if (threads <= 0 || threads > max_threads || threads % 32) {
@@ -705,11 +704,10 @@ void copy_async_wait(int newest_allowed) {
 
 // ---- global memory ------------------------------------------------------------------------------------------------
 
-void dependents_may_start() { m.dependents_started = true; }
 void wait_for_previous_kernel() { m.known[m.self][previous_kernel] = Time(m.block) + 1; }
 
 void global_access(const void* address, size_t size, Kind kind, Where where, bool async) {
-    if (m.dependents_started && kind == Kind::write) m.written.add(address, size);
+    if (kind == Kind::write) m.written.add(address, size);
     if (kind == Kind::write && !m.mbarriers.empty())
         for (size_t i = reinterpret_cast<uintptr_t>(address) / 16; i * 16 < reinterpret_cast<uintptr_t>(address) + size;
              ++i)

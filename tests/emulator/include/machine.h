@@ -50,7 +50,6 @@ void load_matrix_x4(uint32_t (&r)[4], const void* row, bool transposed, Site sit
 void copy_async(void* shared, const void* global, int bytes, bool valid, Site site);
 void copy_async_commit();
 void copy_async_wait(int newest_allowed);
-void dependents_may_start();
 void wait_for_previous_kernel();
 void require_aligned(const char* name, const void* address, size_t alignment, Site site);
 
