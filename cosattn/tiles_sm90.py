@@ -1,4 +1,4 @@
-"""Tile shapes of the sm90 family: (spec) -> how the work of one kernel is cut, checked against shared memory."""
+"""Tile shapes of the sm90 family's forward: (spec) -> how its work is cut, checked against shared memory."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class ForwardTiles:
     """Key tiles in shared memory."""
     query_buffers: int
     """Query tiles in shared memory: with two, the next one arrives while this one is worked on."""
-    normalize_warpgroup: bool = True
-    """A warpgroup of its own normalises queries, ahead of those that attend to them; else these do it."""
     own_outputs: bool = True
     """Finished rows have shared memory of their own; else they take the place of their queries."""
+    polynomial: int = 0
+    """Of eight exponentials, how many are polynomials."""
 
     @property
     def block_m(self) -> int:
@@ -47,19 +47,16 @@ class ForwardTiles:
         return 64 * self.warpgroups
 
     @property
-    def registers(self) -> tuple[int, int, int]:
-        """Of a thread that copies, that normalises, that attends."""
-        if self.normalize_warpgroup:
-            return {2: (32, 96, 192), 3: (24, 72, 128)}[self.warpgroups]
-        return {2: (24, 0, 240), 3: (32, 0, 160), 4: (32, 0, 112)}[self.warpgroups]
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that copies, and of one that attends."""
+        return {2: (24, 240), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = padded(spec.head_dim), padded(spec.value_dim)
+        queries = self.query_buffers * self.block_m * (d if self.own_outputs else max(d, dv))
         if self.own_outputs:
-            queries = self.block_m * (self.query_buffers * d + dv)
-        else:
-            queries = self.block_m * self.query_buffers * max(d, dv)
+            queries += self.block_m * dv
         keys = self.stages * self.block_n * (d + dv)
         return 2 * (queries + keys) + BARRIER_BYTES + ALIGNMENT
 
@@ -74,17 +71,31 @@ def forward_tiles(spec: KernelSpec) -> ForwardTiles:
 
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
-    if spec.bias is not None and widest <= 128:  # it takes as many registers as the logits
-        return [ForwardTiles(3, 64, 4, 2, False)] if widest <= 64 else [ForwardTiles(2, 64, 3, 2, False)]
+    if spec.bias is not None:  # it takes as many registers as the logits
+        if widest <= 64:
+            return [ForwardTiles(3, 64, 4, 2)]
+        if widest <= 128:
+            return [ForwardTiles(2, 64, 3, 2)]
+        return [ForwardTiles(2, 64 if widest <= 192 else 32, 2, 1, own_outputs=False)]
+    if widest <= 32:
+        return [ForwardTiles(3, 128, 4, 2, polynomial=1)]
     if widest <= 64:
-        return [ForwardTiles(4, 64, 8, 2, False)]
+        return [ForwardTiles(4, 64, 8, 2)]
     if widest <= 96:
-        return [ForwardTiles(3, 64, 4, 2, False)]
+        return [ForwardTiles(3, 64, 4, 2)]
     if widest <= 128:
-        return [ForwardTiles(2, 128, 2, 2, False), ForwardTiles(2, 128, 2, 2, False, False)]
+        # More rows a block read fewer keys from L2; fewer rows fit a diagonal better.
+        full = ForwardTiles(3, 64, 4, 2, own_outputs=False)
+        diagonal = ForwardTiles(2, 128, 2, 2)
+        return [diagonal if spec.causal else full, ForwardTiles(2, 128, 2, 2, own_outputs=False)]
     if widest <= 192:
-        return [ForwardTiles(2, 64 if spec.bias else 96, 2, 1, False, False)]
-    return [ForwardTiles(2, 32 if spec.bias else 64, 2, 1, False, False)]
+        return [ForwardTiles(2, 96, 2, 1, own_outputs=False)]
+    return [ForwardTiles(2, 64, 2, 1, own_outputs=False)]
+
+
+def serves(spec: KernelSpec) -> bool:
+    """Whether the family is the faster one: narrow heads with a bias are windows, too short for blocks of 192 rows."""
+    return spec.dtype != "float32" and (spec.bias is None or max(spec.head_dim, spec.value_dim) > 32)
 
 
 def wgmma_columns(spec: KernelSpec) -> list[int]:

@@ -131,10 +131,10 @@ def errors_of_claims(spec: KernelSpec, claims: dict[str, int], folder: Path) -> 
     """What the host compiler says about the rendered source with a claim about each constant behind it."""
     rendered = render(spec)
     emulator = build.HERE / "include"
-    for name, text in rendered.headers.items():
+    for name, text in build.replaced(rendered.headers).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text((emulator / path.name).read_text() if path.name in build.REPLACED else text)
+        path.write_text(text)
     source = folder / "kernel.cpp"
     source.write_text(
         rendered.source + "".join(f'static_assert({name} == {size}, "{name}");\n' for name, size in claims.items())

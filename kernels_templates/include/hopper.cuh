@@ -9,6 +9,17 @@ constexpr int WARPGROUP = 128;  // threads
 // The same value in all lanes, known to the compiler to be so.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// 2^x for |x| < 120, to a relative error of 8.8e-5, without the unit that exp2_fast() uses: x = i + f with i = floor(x),
+// a polynomial of degree 3 for 2^f, and i added to its exponent.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+    constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding it leaves floor(x) in the low bits
+    float shifted;
+    asm("add.rm.ftz.f32 %0, %1, %2;" : "=f"(shifted) : "f"(x), "f"(MAGIC));
+    const float f = x - (shifted - MAGIC);
+    const float power = fmaf(fmaf(fmaf(f, 0.0771190897f, 0.227564394f), f, 0.695146143f), f, 1.f);
+    return __uint_as_float((__float_as_uint(shifted) << 23) + __float_as_uint(power));
+}
+
 // ---- registers ----------------------------------------------------------------------------------------------------
 
 // Called by all warps of a warpgroup: how many registers each of its threads has from now on.

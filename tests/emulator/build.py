@@ -44,10 +44,7 @@ def cache_directory() -> Path:
 def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
     """Compile one ``.cu`` source with the headers it includes (relative name -> text)."""
     emulator = {path.name: path.read_text() for path in sorted((HERE / "include").iterdir())}
-    headers = dict(headers or {})
-    for name in headers:
-        if Path(name).name in REPLACED:
-            headers[name] = _rendered_products(headers[name]) + emulator[Path(name).name]
+    headers = replaced(headers or {})
     machine = machine_library()
     digest = _digest(source, sorted(headers.items()), emulator, machine.name, _KERNEL)
     target = cache_directory() / f"{digest}.so"
@@ -68,6 +65,15 @@ def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
     _compile([*link, "-o", str(private)])
     private.replace(target)
     return target
+
+
+def replaced(headers: Mapping[str, str]) -> dict[str, str]:
+    """A kernel's headers (relative name -> text) with the emulator's own in the place of those it replaces."""
+    own = {path.name: path.read_text() for path in (HERE / "include").iterdir() if path.name in REPLACED}
+    return {
+        name: _rendered_products(text) + own[Path(name).name] if Path(name).name in own else text
+        for name, text in headers.items()
+    }
 
 
 def machine_library() -> Path:

@@ -9,6 +9,11 @@ inline int uniform(int x, emulator::Site site = EMULATOR_CALLER) {
     return emulator_shuffle("uniform", 0xffffffffu, x, 0, site);
 }
 
+inline float exp2_polynomial(float x) {
+    const float i = floorf(x), f = x - i;
+    return ldexpf(((f * 0.0771190897f + 0.227564394f) * f + 0.695146143f) * f + 1.f, int(i));
+}
+
 // ---- registers ----------------------------------------------------------------------------------------------------
 
 template <int N> inline void take_registers(emulator::Site site = EMULATOR_CALLER) {

@@ -1,0 +1,180 @@
+"""The Hopper forward: which specs it serves, what is in shared memory, what ptxas makes of it, and its results."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import relative_error
+from emulator import harness
+from emulator.check import Problem, exact, specs, tensors_of
+from matrix import support_matrix
+from sass import compile_spec, nvdisasm
+from test_kernels_compile import missing_toolchain
+from test_tiles import errors_of_claims, pairs_of_dims
+
+from cosattn.arch import ARCHS
+from cosattn.families import family_of
+from cosattn.spec import KernelSpec
+from cosattn.tiles_sm90 import forward_tiles, serves, wgmma_columns
+
+PLAIN = KernelSpec("forward", "sm90", "bfloat16", 64, 64)
+TUNED = (32, 64, 96, 128, 192, 256)
+
+
+def test_what_is_served() -> None:
+    assert family_of(PLAIN) == family_of(replace(PLAIN, bias="float32")) == "sm90"
+    for other in ({"dtype": "float32"}, {"arch": "sm100"}, {"head_dim": 32, "value_dim": 32, "bias": "float16"}):
+        assert family_of(replace(PLAIN, **other)) == "sm80", other
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tiles_fit(dtype: str) -> None:
+    for spec in support_matrix("forward", "sm90", dtype, pairs_of_dims()):
+        if not serves(spec):
+            continue
+        tiles = forward_tiles(spec)
+        assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory, spec.name
+        copy, attend = tiles.registers
+        assert 128 * (copy + tiles.warpgroups * attend) <= 65536, spec.name
+        assert all(n % 8 == 0 and n <= 256 for n in wgmma_columns(spec)), spec.name
+        assert tiles.block_n % (32 if spec.mask else 16) == 0, spec.name
+        assert tiles.polynomial == 0 or max(spec.head_dim, spec.value_dim) <= 32, spec.name
+
+
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (40, 24), (128, 128), (72, 200), (256, 256)])
+def test_shared_bytes_are_those_of_the_source(d: int, dv: int, tmp_path: Path) -> None:
+    spec = replace(PLAIN, head_dim=d, value_dim=dv, causal=True)
+    size = forward_tiles(spec).shared_bytes(spec)
+    assert errors_of_claims(spec, {"SHARED_BYTES": size}, tmp_path) == ""
+    assert "static assertion failed" in errors_of_claims(spec, {"SHARED_BYTES": size + 16}, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine code
+
+
+def tuned_specs() -> list[KernelSpec]:
+    """Every tuned head dim, full and causal, with every feature that changes the inner loop."""
+    features = ({}, {"mask": True}, {"softmax": "online"}, {"bias": "bfloat16", "softmax": "online"})
+    found = [
+        replace(PLAIN, head_dim=d, value_dim=d, causal=causal, **options)
+        for d, causal, options in itertools.product(TUNED, (False, True), features)
+    ]
+    found += [replace(PLAIN, dtype="float16", head_dim=d, value_dim=d) for d in TUNED]
+    found += [replace(PLAIN, head_dim=40, value_dim=104, groups=5), replace(PLAIN, head_dim=192, value_dim=128)]
+    return [spec for spec in found if serves(spec)]
+
+
+@pytest.mark.skipif(bool(missing_toolchain()), reason=f"no CUDA compiler: {missing_toolchain()}")
+@pytest.mark.parametrize("spec", tuned_specs(), ids=lambda spec: spec.name)
+def test_machine_code(spec: KernelSpec, tmp_path: Path) -> None:
+    cubin = compile_spec(spec, tmp_path)
+    assert not [line for line in cubin.warnings if "C75" in line], "ptxas keeps products asynchronous"
+    # Above 192 columns the sums alone are 128 registers: a few values wait in memory while others set up a tile.
+    crowded = spec.head_dim > 192 and (spec.mask or spec.softmax == "online")
+    for name, kernel in cubin.kernels.items():
+        limit = 80 if crowded and name == "forward" else 0
+        assert kernel.spilled <= limit, f"{name} moves {kernel.spilled} bytes through its stack"
+    if nvdisasm() is None:
+        return
+    instructions = cubin.kernels["forward"].instructions
+    shape = {"bfloat16": ".F32.BF16", "float16": ".F32"}[spec.dtype]
+    expected = {f"HGMMA.64x{columns}x16{shape}" for columns in wgmma_columns(spec)}
+    assert {name for name in instructions if name.startswith("HGMMA")} == expected
+    assert instructions["UTMALDG.4D"] > 0
+    assert instructions["UTMASTG.4D"] > 0
+    assert not any(name.startswith("HMMA") for name in instructions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results, in the emulator
+
+PROBLEMS = [
+    Problem(d=8, sq=70, groups=2),
+    Problem(d=16, sq=150),
+    Problem(d=24, dv=16, sq=100, sk=270, causal=True),
+    Problem(d=32, sq=400, sk=500),
+    Problem(d=40, dv=24, sq=77, strided=True, dtype="float16"),
+    Problem(d=64, sq=130),
+    Problem(d=64, sq=300, sk=520, heads=4, kv_heads=1, scale=0),
+    Problem(d=64, sq=700, kv_heads=1, causal=True),
+    Problem(d=64, sq=500, sk=150, causal=True),
+    Problem(d=64, sq=1, sk=300),
+    Problem(d=64, sq=90, groups=4, mask=True),
+    Problem(d=64, mask=True, causal=True, softmax="online"),
+    Problem(d=64, l2norm=False, sq=100, causal=True),
+    Problem(d=64, sq=129, bias="bfloat16", mask=True),
+    Problem(d=72, dv=136, sq=200),
+    Problem(d=96, sq=140, sk=150, causal=True, mask=True, groups=2),
+    Problem(d=128, sq=300, heads=4, kv_heads=2, causal=True),
+    Problem(d=128, sq=200, sk=1000, dtype="float16"),
+    Problem(d=128, sq=65, softmax="online", scale=60.0, strided=True),
+    Problem(d=128, sq=100, bias="float32", bias_shape="qk", causal=True),
+    Problem(d=192, dv=64, sq=333, causal=True, batch=1),
+    Problem(d=256, sq=300, batch=1, causal=True),
+    Problem(d=256, sq=100, batch=1, bias="float16"),
+]
+
+
+def check_forward(problem: Problem, seed: int = 0) -> None:
+    """The forward alone; what the mask hides is NaN."""
+    t = tensors_of(problem)
+    k, v = t.k, t.v
+    if t.mask is not None:
+        hidden = ~t.mask[:, None, :, None]
+        k, v = k.masked_fill(hidden, float("nan")), v.masked_fill(hidden, float("nan"))
+    spec = next(specs(problem))
+    assert family_of(spec) == "sm90"
+    result = harness.run_forward(spec, t.q, k, v, mask=t.mask, bias=t.bias, scale=t.scale, seed=seed)
+    expected = exact(problem, t)
+    limit = 1e-3 if problem.dtype == "float16" else 6e-3
+    if problem.scale is not None and problem.scale > 8:
+        limit *= problem.scale / 8
+    assert relative_error(result.out, expected["out"]) <= limit
+    sees = expected["lse"].isfinite()
+    assert torch.equal(result.lse.isneginf(), ~sees)
+    assert not result.out[~sees].any()
+    assert (result.lse - expected["lse"])[sees].abs().max() <= 10 * limit
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_results(problem: Problem) -> None:
+    check_forward(replace(problem, arch="sm90"))
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_any_order_of_threads_and_blocks(seed: int) -> None:
+    for d in (64, 128, 256):
+        check_forward(Problem(d=d, sq=330, sk=300, causal=True, heads=3, batch=1, arch="sm90"), seed)
+
+
+def test_the_same_bits_in_any_order() -> None:
+    problem = Problem(d=64, sq=600, sk=300, causal=True, arch="sm90")
+    t, spec = tensors_of(problem), next(specs(problem))
+    first, *others = (harness.run_forward(spec, t.q, t.k, t.v, seed=seed).out for seed in range(4))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_what_is_not_finite_stays_with_those_that_see_it(d: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, d, dtype=torch.bfloat16) for _ in range(3))
+    v[0, 0, 170, 3] = torch.nan
+    v[0, 1, 299] = torch.inf
+    k[0, 1, 40] = torch.nan
+    q[0, 0, 7] = torch.nan
+    spec = harness.spec_of("forward", q, k, v, arch="sm90", causal=True)
+    out = harness.run_forward(spec, q, k, v).out
+    broken = torch.zeros_like(out, dtype=torch.bool)
+    broken[0, 0, 170:, 3] = True
+    broken[0, 1, 299] = True
+    broken[0, 1, 40:] = True
+    broken[0, 0, 7] = True
+    assert torch.equal(~out.isfinite(), broken)
+    clean = harness.run_forward(spec, *(x.nan_to_num(0.0, 0.0, 0.0) for x in (q, k, v))).out
+    kept = ~broken.any(-1)
+    assert relative_error(out[kept], clean[kept].double()) < 1e-3
