@@ -83,10 +83,11 @@ def bhs_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, 
 
 
 def aligned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    """Whether the kernels can read a tensor of these strides as it is."""
+    """Whether the kernels can read a tensor of these strides as it is. Rows that are all one row need a copy."""
     if shape[-1] != 1 and strides[-1] != 1:
         return False
-    return all(stride * itemsize % ALIGNMENT == 0 for stride in bhs_strides(shape, strides))
+    steps = bhs_strides(shape, strides)
+    return steps[2] != 0 and all(stride * itemsize % ALIGNMENT == 0 for stride in steps)
 
 
 def realigned(tensor: Tensor) -> Tensor:

@@ -90,7 +90,21 @@ def expanded(batch: int, heads: int, rows: int, width: int) -> Tensor:
     return torch.randn(1, 1, 1, width).expand(batch, heads, rows, width).requires_grad_()
 
 
-STORAGES: list[Callable[..., Tensor]] = [leaf, bshd, packed_heads, transposed, misaligned, odd_rows, expanded]
+def shared_heads(batch: int, heads: int, rows: int, width: int) -> Tensor:
+    """One batch and one head seen many times."""
+    return torch.randn(1, 1, rows, width).expand(batch, heads, rows, width).requires_grad_()
+
+
+STORAGES: list[Callable[..., Tensor]] = [
+    leaf,
+    bshd,
+    packed_heads,
+    transposed,
+    misaligned,
+    odd_rows,
+    expanded,
+    shared_heads,
+]
 
 
 def check(options: dict[str, Any], *tensors: Tensor, with_lse: bool = True) -> None:
@@ -320,12 +334,20 @@ def test_strides_of_single_dimensions_mean_nothing(kernels: dict[KernelSpec, Emu
 
 
 def test_inputs_that_can_be_read_in_place_are(kernels: dict[KernelSpec, EmulatedKernel]) -> None:
-    for storage in (leaf, bshd, packed_heads, expanded):
+    for storage in (leaf, bshd, packed_heads, shared_heads):
         q, k, v = storage(2, 4, 5, 16), storage(2, 4, 7, 16), storage(2, 4, 7, 16)
         attend(q, k, v)
         (kernel,) = kernels.values()
         pointers, _ = kernel.calls[-1]
         assert [pointers["q"], pointers["k"], pointers["v"]] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+
+
+def test_a_row_seen_many_times_is_copied(kernels: dict[KernelSpec, EmulatedKernel]) -> None:
+    """The copy engine has no step of 0 from row to row."""
+    attend(expanded(2, 4, 5, 16), expanded(2, 4, 7, 16), expanded(2, 4, 7, 16))
+    (kernel,) = kernels.values()
+    _, problem = kernel.calls[-1]
+    assert (problem["q_s"], problem["k_s"], problem["v_s"]) == (16, 16, 16)
 
 
 def test_saved_tensors_may_come_back_in_another_storage(kernels: dict[KernelSpec, EmulatedKernel]) -> None:
