@@ -1,4 +1,4 @@
-"""Tile shapes of the sm80 family: (spec) -> how the work of one kernel is cut, checked against shared memory and registers."""
+"""Tile shapes of the sm80 family: (spec) -> how the work of one kernel is cut, checked against shared memory."""
 
 from __future__ import annotations
 

@@ -71,6 +71,9 @@ TARGETS = (
     Target(head_dim=256, value_dim=256, q_len=33, k_len=65),
     Target(head_dim=8, value_dim=8, q_len=1, k_len=7),
     Target(l2norm=False, deterministic=True, causal=True, k_len=200),
+    Target(batch=4, heads=40, kv_heads=40, q_len=300, k_len=300, causal=True),  # several tiles a multiprocessor
+    Target(batch=3, heads=60, kv_heads=60, q_len=200, k_len=100, head_dim=128, value_dim=128),
+    Target(batch=1, heads=80, kv_heads=80, q_len=250, k_len=250, head_dim=256, value_dim=256, causal=True),
 )
 
 
