@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import relative_error
-from emulator import build, harness
+from emulator import harness
 from emulator import check as checking
 from emulator.check import Problem, check, exact, tensors_of
 from sass import compile_spec
+from test_tiles import errors_of_claims
 
 from cosattn import toolchain
 from cosattn.arch import ARCHS
 from cosattn.errors import ToolchainError
 from cosattn.families import family_of
-from cosattn.render import render
 from cosattn.spec import KernelSpec
 from cosattn.tiles_sm90_backward import BLOCK_M, backward_tiles, serves, wgmma_columns
 
@@ -126,19 +125,9 @@ def test_tiles_fit() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_shared_bytes_are_those_of_the_source(d: int, dtype: str, tmp_path: Path) -> None:
     spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d)  # type: ignore[arg-type]
-    rendered = render(spec)
-    emulator = build.HERE / "include"
-    for name, text in rendered.headers.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replaced = path.name in build.REPLACED
-        path.write_text(build._rendered_products(text) + (emulator / path.name).read_text() if replaced else text)
-    source = tmp_path / "kernel.cpp"
     size = backward_tiles(spec).shared_bytes(spec)
-    source.write_text(f'{rendered.source}static_assert(SHARED_BYTES == {size}, "");\n')
-    flags = ["-std=c++17", "-fsyntax-only", "-w", f"-I{emulator}", f"-I{tmp_path}", "-include", "cuda_runtime.h"]
-    done = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert errors_of_claims(spec, {"SHARED_BYTES": size}, tmp_path) == ""
+    assert "static assertion failed" in errors_of_claims(spec, {"SHARED_BYTES": size + 16}, tmp_path)
 
 
 @pytest.mark.parametrize("d", [32, 64, 96, 112, 128])
