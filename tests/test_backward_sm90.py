@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import relative_error
-from emulator import harness
 from emulator import check as checking
+from emulator import harness
 from emulator.check import Problem, check, exact, tensors_of
 from sass import compile_spec
 from test_tiles import errors_of_claims

@@ -9,8 +9,8 @@ constexpr int WARPGROUP = 128;  // threads
 // The same value in all lanes, known to the compiler to be so.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// 2^x for |x| < 120, to a relative error of 8.8e-5, without the unit that exp2_fast() uses: x = i + f with i = floor(x),
-// a polynomial of degree 3 for 2^f, and i added to its exponent.
+// 2^x for |x| < 120, to a relative error of 8.8e-5, without the unit that exp2_fast() uses: x = i + f with i =
+// floor(x), a polynomial of degree 3 for 2^f, and i added to its exponent.
 __device__ __forceinline__ float exp2_polynomial(float x) {
     constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: adding it leaves floor(x) in the low bits
     float shifted;
@@ -91,17 +91,17 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 __device__ __forceinline__ void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row,
                                          int head, int batch) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+        "%6}], "
         "[%2];" ::"r"(to),
         "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
         : "memory");
 }
 // Bytes side by side, a multiple of 16 at multiples of 16, global to shared; they count towards the barrier's phase.
 __device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 // One box, shared to global.
 __device__ __forceinline__ void store_box(const TensorMap& map, uint32_t from, int column, int row, int head,
