@@ -1,0 +1,17 @@
+// Rings of buffers in shared memory, and addresses in them.
+#pragma once
+#include "hopper.cuh"
+
+// A place in a ring; parity changes with every round, as that of the buffers' barriers does.
+template <int SIZE> struct Ring {
+    int at = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++at == SIZE) at = 0, parity ^= 1;
+    }
+};
+
+// Further on in shared memory, in units of 16 bytes.
+__device__ __forceinline__ Descriptor further(Descriptor d, uint32_t by) {
+    return (d & 0xffffffff00000000u) | uint32_t(uint32_t(d) + by);
+}
