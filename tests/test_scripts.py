@@ -142,7 +142,18 @@ def test_sanitizer_targets_are_right_on_the_cpu() -> None:
 def test_every_part_of_gpu_check_is_a_command_that_exists() -> None:
     lines = run("scripts/gpu_check", "--list").splitlines()
     parts = {line.split()[0].split("/")[0] for line in lines}
-    assert parts == {"tests", "sanitizer", "accuracy", "hopper", "speed", "windows", "memory", "host", "tables", "train"}
+    assert parts == {
+        "tests",
+        "sanitizer",
+        "accuracy",
+        "hopper",
+        "speed",
+        "windows",
+        "memory",
+        "host",
+        "tables",
+        "train",
+    }
     for line in lines:
         for word in line.split():
             assert not word.endswith(".py") or Path(word).exists()
