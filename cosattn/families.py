@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosattn import tiles_sm90, tiles_sm90_backward
+from cosattn import tiles_sm90_backward, tiles_sm90_forward
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
 
@@ -19,4 +19,4 @@ def family_of(spec: KernelSpec) -> str:
 
 
 def _serves_sm90(spec: KernelSpec) -> bool:
-    return tiles_sm90.serves(spec) if spec.direction == "forward" else tiles_sm90_backward.serves(spec)
+    return tiles_sm90_forward.serves(spec) if spec.direction == "forward" else tiles_sm90_backward.serves(spec)

@@ -735,57 +735,6 @@ def test_overlapping_kernels() -> None:
     faults(compiled(OVERLAP), r"fence_async_global is missing: .*\(inside tensor 0\)", a, b, case="fence")
 
 
-FLAGS = """
-__global__ void flags(float* a, float* b, uint32_t* flag, int bug) {
-    ALIGNED_SHARED(shared);
-    const int t = threadIdx.x;
-    const uint32_t barrier = shared_address(shared);
-    if (t == 0) {
-        mbarrier_init(barrier, 1);
-        mbarrier_init_fence();
-    }
-    __syncthreads();
-    if (t >= 32) {
-        if (BUG(raised_early) && t == 32) raise_flag(flag);
-        reinterpret_cast<float4*>(a)[t - 32] = make_float4(float(t), 1.f, 2.f, 3.f);
-        if (!BUG(no_fence)) fence_async_global();
-        if (!BUG(no_syncwarp)) __syncwarp();
-        if (t == 32 && !BUG(raised_early) && !BUG(not_raised)) raise_flag(flag);
-        return;
-    }
-    prefetch_line(a);
-    while (true) {
-        const bool raised = read_flag(flag) == 1;
-        if (__all_sync(0xffffffffu, raised)) break;
-    }
-    if (t == 0) {
-        if (!BUG(no_fence)) fence_async_global();
-        mbarrier_expect(barrier, 512);
-        load_bytes(barrier + 128, a, 512, barrier);
-    }
-    mbarrier_wait(barrier, 0);
-    for (int i = t; i < 128; i += 32) b[i] = reinterpret_cast<const float*>(shared + 128)[i];
-}
-extern "C" int start(void** p, int bug) {
-    return launch(flags, Launch{dim3(1), 64, 2048, nullptr, false}, static_cast<float*>(p[0]),
-                  static_cast<float*>(p[1]), static_cast<uint32_t*>(p[2]), bug);
-}
-"""
-
-
-def test_flags() -> None:
-    a, b, flag = torch.zeros(128), torch.zeros(128), torch.zeros(1, dtype=torch.int32)
-    for seed in SEEDS:
-        result = b.clone()
-        run(compiled(FLAGS), a.clone(), result, flag.clone(), seed=seed)
-        assert torch.equal(result[::4], torch.arange(32.0, 64))
-    unordered = r"load_bytes reads address 0x\w+ \(inside tensor 0\) at .*, which thread \d+ wrote"
-    faults(compiled(FLAGS), "fence_async_global is missing: load_bytes reads", a, b, flag, case="no_fence")
-    faults(compiled(FLAGS), unordered, a, b, flag, case="no_syncwarp")
-    faults(compiled(FLAGS), unordered, a, b, flag, case="raised_early")
-    faults(compiled(FLAGS), "deadlock: .*at read_flag kernel.cpp", a, b, flag, case="not_raised")
-
-
 REGISTER_FILE = """
 __global__ void registers(int bug) {
     if (threadIdx.x < 128) {

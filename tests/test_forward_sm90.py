@@ -19,7 +19,7 @@ from test_tiles import errors_of_claims, pairs_of_dims
 from cosattn.arch import ARCHS
 from cosattn.families import family_of
 from cosattn.spec import KernelSpec
-from cosattn.tiles_sm90 import forward_tiles, serves, wgmma_columns
+from cosattn.tiles_sm90_forward import forward_tiles, serves, wgmma_columns
 
 PLAIN = KernelSpec("forward", "sm90", "bfloat16", 64, 64)
 TUNED = (32, 64, 96, 128, 192, 256)

@@ -438,7 +438,6 @@ int run(Grid grid, int threads, int shared_bytes, bool overlap, void (*invoke)(v
     m.previous.swap(m.written);
     m.written.clear();
     m.global_writes.clear();
-    m.flags.clear();
     if (threads <= 0 || threads > max_threads || threads % 32) {
         m.message = "a block of " + std::to_string(threads) + " threads (1 to 1024, whole warps)";
         return fault_status;

@@ -262,7 +262,7 @@ void check_source(const char* name, const unsigned char* global, int bytes, Site
     if (found == m.global_writes.end() || found->second.block != m.block) return;
     const GlobalWrite& w = found->second;
     if (w.thread != m.self && !ordered(w.thread, w.time))
-        fault("%s reads address <0x%zx> at %s, which thread %d wrote at %s with no flag or barrier between", name,
+        fault("%s reads address <0x%zx> at %s, which thread %d wrote at %s with no barrier between", name,
               reinterpret_cast<size_t>(global), text(site).c_str(), w.thread, text(w.where).c_str());
     // By its writer before this thread knew, or by this thread since.
     const std::vector<Time>& fences = m.fibers[size_t(w.thread)].global_fences;
@@ -465,26 +465,6 @@ void fence_async_global() {
     f.global_fences.push_back(m.clock[m.self / 32]);
     if (!f.known_at_fence) f.known_at_fence = std::make_unique<Times>();
     for (int t = 0; t < m.threads; ++t) (*f.known_at_fence)[t] = std::max(m.known[m.self][t], m.floor[t]);
-}
-
-// ---- flags in global memory ---------------------------------------------------------------------------------------
-
-void raise_flag(uint32_t* flag, Site site) {
-    global_access(flag, sizeof *flag, Kind::write, site);
-    std::unique_ptr<Times>& known = m.flags[flag];
-    if (!known) known.reset(new Times{});
-    release(*known);
-    ++*flag;
-}
-
-uint32_t read_flag(const uint32_t* flag, Site site) {
-    m.last = site;
-    poll("read_flag", site, -1, 0);  // who raises it may be among the others
-    if (!m.loads.empty() && below(32) == 0) land_one();
-    global_access(flag, sizeof *flag, Kind::read, site);
-    auto found = m.flags.find(flag);
-    if (found != m.flags.end()) acquire(*found->second);
-    return *flag;
 }
 
 // ---- registers ----------------------------------------------------------------------------------------------------

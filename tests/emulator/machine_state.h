@@ -289,7 +289,6 @@ struct Machine {
     bool yielded = false;                                   // somebody asks for another warp's turn
     std::vector<unsigned> order;                            // of the blocks
     std::unordered_map<size_t, GlobalWrite> global_writes;  // by this launch, if it may load them
-    std::unordered_map<const uint32_t*, std::unique_ptr<Times>> flags;
     Words written, previous;  // by this launch, and by the previous one if this one could overlap it
     Barrier barriers[max_barriers];
 

@@ -72,14 +72,6 @@ template <int N> inline void store_box_wait() { emulator::store_box_wait(N); }
 inline void store_box_finish() { emulator::store_box_finish(); }
 inline void fence_async() { emulator::fence_async(); }
 inline void fence_async_global() { emulator::fence_async_global(); }
-inline void prefetch_line(const void*) {}
-
-// ---- flags in global memory ---------------------------------------------------------------------------------------
-
-inline void raise_flag(uint32_t* flag, emulator::Site site = EMULATOR_CALLER) { emulator::raise_flag(flag, site); }
-inline uint32_t read_flag(const uint32_t* flag, emulator::Site site = EMULATOR_CALLER) {
-    return emulator::read_flag(flag, site);
-}
 
 // ---- products of a warpgroup: wgmma.cuh has the shapes ------------------------------------------------------------
 

@@ -43,8 +43,6 @@ void store_box_wait(int newest_allowed);
 void store_box_finish();
 void fence_async();
 void fence_async_global();
-void raise_flag(uint32_t* flag, Site site);
-uint32_t read_flag(const uint32_t* flag, Site site);
 
 // ---- products of a warpgroup --------------------------------------------------------------------------------------
 
