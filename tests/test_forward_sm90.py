@@ -102,6 +102,7 @@ PROBLEMS = [
     Problem(d=64, sq=130),
     Problem(d=64, sq=300, sk=520, heads=4, kv_heads=1, scale=0),
     Problem(d=64, sq=700, kv_heads=1, causal=True),
+    Problem(d=64, sq=700, heads=5, causal=True),  # heads one after another, and the last ones in turns
     Problem(d=64, sq=500, sk=150, causal=True),
     Problem(d=64, sq=1, sk=300),
     Problem(d=64, sq=90, groups=4, mask=True),
