@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cosattn import tiles_sm90_backward, tiles_sm90_forward
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
@@ -13,9 +15,22 @@ def family_of(spec: KernelSpec) -> str:
     ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers.
     """
     for family in ARCHS[spec.arch].families:
-        if family == "sm80" or (spec.dtype != "float32" and _serves_sm90(spec)):
+        if family == "sm80" or (not spec.short and spec.dtype != "float32" and _serves_sm90(spec)):
             return family
     raise AssertionError(f"no family serves {spec.name}")
+
+
+def short_rows(spec: KernelSpec) -> int:
+    """Up to so many queries the sm80 kernels are the faster ones, since their blocks have fewer rows; 0 for never."""
+    widest = max(spec.head_dim, spec.value_dim)
+    if widest > 64 or family_of(replace(spec, short=False)) == "sm80":
+        return 0
+    return 128 if spec.direction == "backward" and widest <= 32 else 64
+
+
+def sized(spec: KernelSpec, q_len: int) -> KernelSpec:
+    """The spec of a call with so many queries."""
+    return replace(spec, short=q_len <= short_rows(spec))
 
 
 def _serves_sm90(spec: KernelSpec) -> bool:

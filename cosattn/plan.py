@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from cosattn import abi, fallback, launch
+from cosattn import abi, fallback, families, launch
 from cosattn.arch import arch_of
 from cosattn.arguments import Sizes, with_heads
 from cosattn.errors import ToolchainError, UnsupportedError
@@ -220,7 +220,7 @@ class Plan:
             and all(aligned(tensor.shape, tensor.stride(), q.element_size()) for tensor in (q, k, v))
             and (bias is None or bias_is_ready(bias))
         )
-        self._spec = KernelSpec(
+        spec = KernelSpec(
             direction="forward",
             arch=architecture(self._device),
             dtype=DTYPE_NAMES[q.dtype],
@@ -233,6 +233,7 @@ class Plan:
             bias=None if bias is None else DTYPE_NAMES[bias.dtype],
             softmax=softmax,
         )
+        self._spec = families.sized(spec, sizes.q_len)
         self._kernel = load(self._spec)
         if self.ready:
             out_shape, out_strides = self._out or (q.shape, q.stride())
@@ -402,6 +403,7 @@ class Plan:
     ) -> _Backward:
         assert self._spec is not None
         spec = replace(self._spec, direction="backward", deterministic=deterministic, bias_grad=bias_grad)
+        spec = families.sized(spec, self._sizes.q_len)
         kernel: launch.Kernel | None = None
         try:
             kernel = load(spec)

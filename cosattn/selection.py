@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cosattn.arch import ARCHS
+from cosattn.families import short_rows
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
 
 _SWITCH = {"no": [False], "yes": [True], "both": [False, True]}
@@ -14,10 +16,11 @@ _SWITCHES = {
     "causal": "causal attention",
     "mask": "a boolean key mask",
     "l2norm": "normalise q and k inside the kernel",
+    "short": "at most 64 queries of narrow heads (sm90 only; backward up to d 32: 128)",
     "deterministic": "bitwise repeatable gradients (backward only)",
     "bias-grad": "the bias requires a gradient (backward only)",
 }
-_DEFAULTS = {"causal": "both", "mask": "no", "l2norm": "yes", "deterministic": "no", "bias-grad": "no"}
+_DEFAULTS = {"causal": "both", "mask": "no", "l2norm": "yes", "short": "no", "deterministic": "no", "bias-grad": "no"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]:
     """The kernels that parsed options select for these architectures, each once, in a stable order.
 
-    A combination that names no kernel (a bias gradient without a bias, two directions of ``deterministic``) collapses
-    onto the one it is equal to.
+    A combination that names no kernel (a bias gradient without a bias, two directions of ``deterministic``, short calls
+    of what one kernel serves at every length) collapses onto the one it is equal to.
     """
     chosen: dict[KernelSpec, None] = {}
     axes = itertools.product(
@@ -76,6 +79,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         [None if bias == "none" else bias for bias in options.bias],
         options.softmax or [None],
         options.direction,
+        _SWITCH[options.short],
         _SWITCH[options.deterministic],
         _SWITCH[options.bias_grad],
     )
@@ -91,6 +95,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         bias,
         softmax,
         direction,
+        short,
         repeatable,
         bias_grad,
     ) in axes:
@@ -110,7 +115,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
             deterministic=repeatable and backward,
             bias_grad=bias_grad and backward and bias is not None,
         )
-        chosen[spec] = None
+        chosen[replace(spec, short=short and short_rows(spec) > 0)] = None
     return list(chosen)
 
 

@@ -25,8 +25,8 @@ _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 class KernelSpec:
     """One specialised kernel.
 
-    The backward spec of a forward call differs only in ``direction``, ``deterministic`` and ``bias_grad``
-    (both False on every forward spec).
+    The backward spec of a forward call differs only in ``direction``, ``short``, ``deterministic`` and ``bias_grad``
+    (the last two are False on every forward spec).
     """
 
     direction: Direction
@@ -47,6 +47,8 @@ class KernelSpec:
     bias: DType | None = None
     """Type of the additive bias, None without one."""
     softmax: Softmax = "bounded"
+    short: bool = False
+    """Few queries, where that changes the kernel: ``families.sized``."""
     deterministic: bool = False
     """Backward only: bitwise repeatable gradients."""
     bias_grad: bool = False
@@ -70,6 +72,8 @@ class KernelSpec:
             parts.append(f"bias-{_SHORT[self.bias]}" + ("-grad" if self.bias_grad else ""))
         if self.softmax == "online":
             parts.append("online")
+        if self.short:
+            parts.append("short")
         if self.deterministic:
             parts.append("deterministic")
         return "_".join(parts)

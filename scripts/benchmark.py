@@ -50,6 +50,7 @@ from sensor import sensor
 from cosattn import cosine_attention
 from cosattn.arch import arch_of
 from cosattn.bench import DTYPES, Stopwatch, directions, host_microseconds, sdpa, table
+from cosattn.families import sized
 from cosattn.spec import KernelSpec, softmax_mode
 
 SEED_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -328,9 +329,9 @@ def needed_specs(cases: Iterable[Case], device: torch.device) -> list[KernelSpec
             bias=dtype if case.bias else None,
             softmax=softmax_mode(case.dtype, None if case.bias else SCALE),
         )
-        specs[forward] = None
+        specs[sized(forward, case.seq_len)] = None
         if case.direction != "forward":
-            specs[replace(forward, direction="backward", bias_grad=case.bias)] = None
+            specs[sized(replace(forward, direction="backward", bias_grad=case.bias), case.seq_len)] = None
     return list(specs)
 
 

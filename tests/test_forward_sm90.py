@@ -17,7 +17,7 @@ from test_kernels_compile import missing_toolchain
 from test_tiles import errors_of_claims, pairs_of_dims
 
 from cosattn.arch import ARCHS
-from cosattn.families import family_of
+from cosattn.families import family_of, sized
 from cosattn.spec import KernelSpec
 from cosattn.tiles_sm90_forward import forward_tiles, serves, wgmma_columns
 
@@ -29,6 +29,17 @@ def test_what_is_served() -> None:
     assert family_of(PLAIN) == family_of(replace(PLAIN, bias="float32")) == "sm90"
     for other in ({"dtype": "float32"}, {"arch": "sm100"}, {"head_dim": 32, "value_dim": 32, "bias": "float16"}):
         assert family_of(replace(PLAIN, **other)) == "sm80", other
+
+
+def test_few_queries_of_narrow_heads_get_smaller_blocks() -> None:
+    backward = replace(PLAIN, direction="backward", head_dim=32, value_dim=32)
+    for spec, rows in ((PLAIN, 64), (backward, 128), (replace(backward, head_dim=40), 64)):
+        short = sized(spec, rows)
+        assert (family_of(short), family_of(sized(short, rows + 1))) == ("sm80", "sm90")
+        assert sized(short, rows + 1) == spec
+        assert short.name != spec.name
+    for other in ({"value_dim": 72}, {"dtype": "float32"}, {"arch": "sm80"}):
+        assert sized(replace(PLAIN, **other), 1) == replace(PLAIN, **other)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -62,6 +62,7 @@ def test_every_field_is_in_the_name() -> None:
         "mask": True,
         "bias": "float16",
         "softmax": "online",
+        "short": True,
         "deterministic": True,
         "bias_grad": True,
     }
