@@ -13,7 +13,7 @@ from emulator import harness
 from emulator.check import Problem, exact, specs, tensors_of
 from matrix import support_matrix
 from sass import compile_spec, nvdisasm
-from test_kernels_compile import missing_toolchain
+from test_kernels_compile import needs_nvcc
 from test_tiles import errors_of_claims, pairs_of_dims
 
 from cosattn.arch import ARCHS
@@ -80,7 +80,7 @@ def tuned_specs() -> list[KernelSpec]:
     return [spec for spec in found if serves(spec)]
 
 
-@pytest.mark.skipif(bool(missing_toolchain()), reason=f"no CUDA compiler: {missing_toolchain()}")
+@needs_nvcc
 @pytest.mark.parametrize("spec", tuned_specs(), ids=lambda spec: spec.name)
 def test_machine_code(spec: KernelSpec, tmp_path: Path) -> None:
     cubin = compile_spec(spec, tmp_path)
