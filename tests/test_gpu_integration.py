@@ -202,6 +202,25 @@ def test_a_kernel_that_is_built_may_be_loaded_during_capture() -> None:
     assert run.returncode == 0, run.stderr
 
 
+_FIRST_LAUNCH_IN_A_BACKWARD = """
+import torch
+leaves = [torch.randn(1, 4, 256, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
+from cosattn import cosine_attention
+out, dout = cosine_attention(*leaves), torch.ones_like(leaves[0])
+spare = [torch.empty(size, device="cuda") for size in (1 << 10, 1 << 18, 1 << 22) for _ in range(8)]
+del spare  # the allocator has memory now: backward does not ask CUDA for any
+assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out, leaves, dout))
+"""
+
+
+def test_a_backward_is_the_first_work_of_autograds_thread() -> None:
+    """That thread has no CUDA context yet, which the driver needs to describe a tensor."""
+    q, k, v = (leaf(1, 4, 256, 64) for _ in range(3))
+    torch.autograd.grad(cosine_attention(q, k, v), (q, k, v), torch.ones_like(q))
+    run = subprocess.run([sys.executable, "-c", _FIRST_LAUNCH_IN_A_BACKWARD], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_work_goes_to_the_current_stream() -> None:
     inputs = [torch.randn(2, 4, 300, DIM, dtype=DTYPE, device="cuda") for _ in range(3)]
     dout = torch.randn_like(inputs[0])

@@ -45,8 +45,16 @@ inline cudaError_t make_tensor_map(TensorMap& map, const void* address, int64_t 
     const CUtensorMapSwizzle swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                        : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                            : CU_TENSOR_MAP_SWIZZLE_32B;
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(address), sizes, strides,
-                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    const auto describe = [&] {
+        return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(address), sizes, strides, box, steps,
+                      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    };
+    if (describe()) return cudaSuccess;
+    // The driver needs a current context, which a thread that has called no CUDA function yet, like autograd's, lacks.
+    int device = 0;
+    cudaError_t bound = cudaGetDevice(&device);
+    if (bound == cudaSuccess) bound = cudaSetDevice(device);
+    if (bound != cudaSuccess) return bound;
+    return describe() ? cudaSuccess : cudaErrorInvalidValue;
 }
