@@ -9,8 +9,8 @@ POINTERS: tuple[str, ...] = (
     "q",  # (B, Hq, Sq, D)
     "k",  # (B, Hkv, Sk, D)
     "v",  # (B, Hkv, Sk, Dv)
-    "mask",  # (B, Sk) bool, True = may be attended; null without a mask
-    "bias",  # (B|1, Hq|1, Sq, Sk), float; null without a bias
+    "mask",  # (B, Sk) or (W, Hq|1, Sq|1, Sk) bool, True = may be attended; null without a mask
+    "bias",  # (W, Hq|1, Sq, Sk), float; null without a bias
     "scale",  # (Hq,) float32 on the device; null when scale is a constant
     "out",  # (B, Hq, Sq, Dv): written by forward, read by backward
     "lse",  # (B, Hq, Sq) float32 contiguous, natural log; forward: null when nobody wants it
@@ -31,11 +31,15 @@ INTEGERS: tuple[str, ...] = (
     "q_len",
     "k_len",
     *(f"{tensor}_{axis}" for tensor in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for axis in ("b", "h", "s")),
-    "mask_b",
+    "mask_b",  # 0 where the mask is broadcast
+    "mask_h",
+    "mask_q",
     "mask_s",
+    "mask_batches",  # W: entry b of the batch reads entry b % W; not for (B, Sk)
     "bias_b",  # 0 where the bias is broadcast
     "bias_h",
     "bias_s",
+    "bias_batches",
     "dbias_b",
     "dbias_h",
     "dbias_s",

@@ -167,9 +167,34 @@ def _check_mask(problems: list[str], mask: Any, sizes: Sizes | None, device: tor
     if sizes is None:
         return
     batch, k_len = sizes.batch, sizes.k_len
-    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, k_len):
-        hint = "; a mask over queries and keys goes to attn_bias, as 0 and -inf" if mask.ndim > 2 else ""
-        problems.append(f"mask must be (B, Sk) = ({batch}, {k_len}), or 1 in their place; got {_shape(mask)}{hint}")
+    if mask.ndim in (4, 5):
+        _check_pairs(problems, "mask", mask, sizes)
+    elif mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, k_len):
+        hint = "; three dimensions are ambiguous, so give four" if mask.ndim == 3 else ""
+        problems.append(
+            f"mask must be (B, Sk) = ({batch}, {k_len}), or 1 in their place, or broadcastable to (B, Hq, Sq, Sk) = "
+            f"({batch}, {sizes.q_heads}, {sizes.q_len}, {k_len}); got {_shape(mask)}{hint}"
+        )
+
+
+def _check_pairs(problems: list[str], name: str, tensor: Tensor, sizes: Sizes) -> None:
+    """Four dimensions broadcast to (B, Hq, Sq, Sk), or five to (B / W, W, Hq, Sq, Sk) with 1 as the first."""
+    batch = sizes.batch
+    inner = (sizes.q_heads, sizes.q_len, sizes.k_len)
+    fits = all(size in (1, full) for size, full in zip(tensor.shape[-3:], inner, strict=True))
+    if tensor.ndim == 4:
+        if not fits or tensor.shape[0] not in (1, batch):
+            problems.append(
+                f"{name} with four dimensions must be (B, Hq, Sq, Sk) = ({batch}, {inner[0]}, {inner[1]}, {inner[2]}), "
+                f"or 1 in their place; got {_shape(tensor)}"
+            )
+        return
+    period = tensor.shape[1]
+    if not fits or tensor.shape[0] != 1 or (period != batch and (period == 0 or batch % period != 0)):
+        problems.append(
+            f"{name} with five dimensions must be (1, W, Hq, Sq, Sk) = (1, W, {inner[0]}, {inner[1]}, {inner[2]}), "
+            f"where W divides the batch of {batch}, or 1 in the place of the last three; got {_shape(tensor)}"
+        )
 
 
 def _check_bias(
@@ -187,29 +212,27 @@ def _check_bias(
     if sizes is None:
         return
     batch, heads, q_len, k_len = sizes.batch, sizes.q_heads, sizes.q_len, sizes.k_len
+    inner = bias.ndim >= 2 and bias.shape[-2] in (1, q_len) and bias.shape[-1] in (1, k_len)
     if bias.ndim == 3 and sizes.merged:
-        if bias.shape[0] not in (1, batch) or bias.shape[1:] != (q_len, k_len):
+        if bias.shape[0] not in (1, batch) or not inner:
             problems.append(
                 f"attn_bias for merged batch and heads must be (N, Sq, Sk) = ({batch}, {q_len}, {k_len}), "
                 f"got {_shape(bias)}"
             )
     elif bias.ndim == 3:
         name, lead = ("B", batch) if batch_dim else ("Hq", heads)
-        if tuple(bias.shape) != (lead, q_len, k_len):
+        if bias.shape[0] != lead or not inner:
             hint = "" if batch_dim else "; (B, Sq, Sk) needs attn_bias_batch_dim=True"
             problems.append(
                 f"attn_bias with three dimensions must be ({name}, Sq, Sk) = ({lead}, {q_len}, {k_len}), "
                 f"got {_shape(bias)}{hint}"
             )
-    elif bias.ndim != 4:
+    elif bias.ndim not in (4, 5):
         problems.append(
-            f"attn_bias must be (Hq, Sq, Sk), (B, Sq, Sk) with attn_bias_batch_dim=True, or 4-D, got {_shape(bias)}"
+            f"attn_bias must be (Hq, Sq, Sk), (B, Sq, Sk) with attn_bias_batch_dim=True, 4-D or 5-D, got {_shape(bias)}"
         )
-    elif bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads) or bias.shape[2:] != (q_len, k_len):
-        problems.append(
-            f"attn_bias with four dimensions must be (B or 1, Hq or 1, Sq, Sk) = "
-            f"({batch}, {heads}, {q_len}, {k_len}), got {_shape(bias)}"
-        )
+    else:
+        _check_pairs(problems, "attn_bias", bias, sizes)
 
 
 def _check_scale(
@@ -254,11 +277,24 @@ def with_heads(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
 
 
-def bias_with_four_dimensions(bias: Tensor, batch_dim: bool) -> Tensor:
-    """``attn_bias`` of any accepted form as (B or 1, Hq or 1, Sq, Sk)."""
-    if bias.ndim == 4:
-        return bias
-    return bias.unsqueeze(1) if batch_dim else bias.unsqueeze(0)
+def bias_with_four_dimensions(bias: Tensor, batch_dim: bool, sizes: Sizes) -> Tensor:
+    """``attn_bias`` of any accepted form as (W, Hq or 1, Sq, Sk), W a divisor of B: a view, differentiable."""
+    if bias.ndim == 3:
+        bias = bias.unsqueeze(1) if batch_dim else bias.unsqueeze(0)
+    elif bias.ndim == 5:
+        bias = bias.squeeze(0)
+    return bias.expand(-1, -1, sizes.q_len, sizes.k_len)
+
+
+def canonical_mask(mask: Tensor, sizes: Sizes) -> Tensor:
+    """``mask`` of any accepted form as (B, Sk), or (W, Hq, Sq, Sk) with W a divisor of B: a view."""
+    if mask.ndim == 2:
+        return mask.expand(sizes.batch, sizes.k_len)
+    if mask.ndim == 5:
+        mask = mask.squeeze(0)
+    if mask.shape[1:3] == (1, 1) and mask.shape[0] in (1, sizes.batch):  # one row of keys, whoever asks
+        return mask[:, 0, 0].expand(sizes.batch, sizes.k_len)
+    return mask.expand(-1, sizes.q_heads, sizes.q_len, sizes.k_len)
 
 
 def scale_per_head(scale: Tensor, heads: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cosattn.reference import EPS
+from cosattn.reference import EPS, repeated
 
 _TILE_KEYS = 512
 _TILE_ELEMENTS = 1 << 20
@@ -39,8 +39,8 @@ def forward(
         q: ``(B, Hq, Sq, D)``.
         k: ``(B, Hkv, Sk, D)``.
         v: ``(B, Hkv, Sk, Dv)``.
-        mask: bool ``(B, Sk)``, True = may be attended.
-        bias: ``(B|1, Hq|1, Sq, Sk)``.
+        mask: bool ``(B, Sk)``, or ``(W, Hq|1, Sq, Sk)`` where W divides B; True = may be attended.
+        bias: ``(W, Hq|1, Sq, Sk)``.
         scale: a number or ``(Hq,)``.
 
     Returns:
@@ -129,7 +129,8 @@ def backward(
                 dk[:, :, keys] += _weighted_sum_over_rows(dlogits, hidden, q_rows)
                 dq[:, :, :, rows] += _weighted_sum(dlogits, hidden, tiles.k[:, :, keys])
                 if dbias is not None:
-                    dbias[:, :, rows, keys] = dlogits.flatten(1, 2).sum_to_size(dbias[:, :, rows, keys].shape)
+                    part = dlogits.flatten(1, 2).unflatten(0, (-1, dbias.shape[0])).sum(0)
+                    dbias[:, :, rows, keys] = part.sum_to_size(dbias[:, :, rows, keys].shape)
         # From here the gradient of scale * normalised q.
         if dscale is not None:
             dscale.copy_((tiles.q_unit * dq).sum(dim=(0, 3, 4)).flatten())
@@ -157,11 +158,13 @@ class _Tiles:
     ) -> None:
         accumulator = _accumulator(q)
         self.kv_heads, self.q_len, self.k_len = k.shape[1], q.shape[2], k.shape[2]
-        self.mask, self.causal = mask, causal
-        self.bias = None if bias is None else bias.unflatten(1, (1, 1) if bias.shape[1] == 1 else (self.kv_heads, -1))
+        self.batch, self.causal = q.shape[0], causal
+        key_mask = mask if mask is not None and mask.ndim == 2 else None
+        self.mask = mask if key_mask is None else key_mask[:, None, None]
+        self.bias = bias
         q, k, v = q.to(accumulator), k.to(accumulator), v.to(accumulator)
-        if mask is not None:  # whatever lies behind the mask must not reach a product, not even times 0
-            k, v = k.where(mask[:, None, :, None], 0), v.where(mask[:, None, :, None], 0)
+        if key_mask is not None:  # whatever lies behind the mask must not reach a product, not even times 0
+            k, v = k.where(key_mask[:, None, :, None], 0), v.where(key_mask[:, None, :, None], 0)
         if l2norm:
             q, self.q_norm = _normalise(q, groups)
             k, self.k_norm = _normalise(k, groups)
@@ -191,7 +194,7 @@ class _Tiles:
         q = self.q[:, :, :, rows]
         logits = (_fold(q) @ self.k[:, :, keys].mT).view(*q.shape[:4], -1)
         if self.bias is not None:
-            logits += self.bias[:, :, :, rows, keys]
+            logits += self._pairs(self.bias, rows, keys)
         hidden = self._hidden(rows, keys)
         if hidden is not None:
             logits.masked_fill_(hidden, float("-inf"))
@@ -205,10 +208,16 @@ class _Tiles:
             seen = torch.ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.bool)
             hidden = seen.triu_(last_seen_by_first - keys.start + 1)
         if self.mask is not None:
-            masked = ~self.mask[:, None, None, None, keys]
+            masked = ~self._pairs(self.mask, rows, keys)
             if masked.any():
                 hidden = masked if hidden is None else hidden | masked
         return hidden
+
+    def _pairs(self, tensor: Tensor, rows: slice, keys: slice) -> Tensor:
+        """A tile of ``(W, Hq|1, Sq|1, Sk)``, broadcastable to ``(B, Hkv, G, rows, keys)``."""
+        tile = repeated(tensor[:, :, rows if tensor.shape[2] != 1 else slice(None), keys], self.batch)
+        split: Tensor = tile.unflatten(1, (1, 1) if tile.shape[1] == 1 else (self.kv_heads, -1))
+        return split
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

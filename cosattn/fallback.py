@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosattn import env
-from cosattn.reference import EPS
+from cosattn.reference import EPS, repeated
 
 _warned = False
 
@@ -53,11 +53,12 @@ def attention(
 
     Args:
         q, k, v: (B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv).
-        mask: (B, Sk) bool, True = may be attended.
-        bias: (B or 1, Hq or 1, Sq, Sk).
+        mask: (B, Sk) or (W, Hq, Sq, Sk) bool, True = may be attended; W divides B.
+        bias: (W, Hq or 1, Sq, Sk).
         scale: a constant, or (Hq,).
     """
     q_len, k_len = q.shape[2], k.shape[2]
+    bias = None if bias is None else repeated(bias, q.shape[0])
     q_hat = _normalise(q, groups) if l2norm else q
     k_hat = _normalise(k, groups) if l2norm else k
     factor = scale.view(1, -1, 1, 1) if isinstance(scale, Tensor) else scale
@@ -132,8 +133,11 @@ def _normalise(x: Tensor, groups: int) -> Tensor:
 
 
 def _allowed(q: Tensor, k_len: int, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """Boolean (B or 1, 1, Sq, Sk) of what may be attended; None when everything may."""
-    allowed = None if mask is None else mask[:, None, None, :].expand(-1, -1, q.shape[2], k_len)
+    """Boolean (B or 1, Hq or 1, Sq, Sk) of what may be attended; None when everything may."""
+    allowed = None
+    if mask is not None:
+        allowed = repeated(mask, q.shape[0]) if mask.ndim == 4 else mask[:, None, None, :]
+        allowed = allowed.expand(-1, -1, q.shape[2], k_len)
     if causal:
         q_len = q.shape[2]
         lower = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)

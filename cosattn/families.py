@@ -12,10 +12,13 @@ from cosattn.spec import KernelSpec
 def family_of(spec: KernelSpec) -> str:
     """The fastest family of the architecture that serves ``spec``; ``sm80`` serves everything.
 
-    ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers.
+    ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers. Masks
+    over pairs, which are those of windows, are sm80's too.
     """
     for family in ARCHS[spec.arch].families:
-        if family == "sm80" or (not spec.short and spec.dtype != "float32" and _serves_sm90(spec)):
+        if family == "sm80" or (
+            not spec.short and not spec.pair_mask and spec.dtype != "float32" and _serves_sm90(spec)
+        ):
             return family
     raise AssertionError(f"no family serves {spec.name}")
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cosattn import arguments, fallback, flops
-from cosattn.arguments import Sizes, bias_with_four_dimensions, scale_per_head, with_heads
+from cosattn.arguments import Sizes, bias_with_four_dimensions, canonical_mask, scale_per_head, with_heads
 from cosattn.autograd import attention
 from cosattn.errors import UnsupportedError
 from cosattn.ops import attention_forward
-from cosattn.plan import ALIGNMENT, MISSING, Plan, bias_is_ready, metadata, plans, realigned, remember
+from cosattn.plan import ALIGNMENT, MISSING, Plan, made_ready, metadata, plans, realigned, remember
 from cosattn.spec import Softmax, softmax_mode
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), float, int})
@@ -101,10 +101,12 @@ def cosine_attention(
             ``(1, Hq, 1, 1)``, or a single value, which may require a gradient.
         groups: the norm is taken over this many equal chunks of the head dimension.
         causal: row i attends keys j <= i + Sk - Sq (aligned bottom-right).
-        mask: bool ``(B, Sk)`` (``(N, Sk)`` when merged), or 1 in place of a size; True = may be attended.
+        mask: bool, True = may be attended: ``(B, Sk)`` (``(N, Sk)`` when merged), or 1 in place of a size; or
+            ``(B, Hq, Sq, Sk)``, or 1 in place of any size; or ``(1, W, Hq, Sq, Sk)`` where W divides B: the batch seen
+            as ``(B / W, W)``, such as the windows of several images.
         attn_bias: added to the logits: ``(Hq, Sq, Sk)``, ``(B, Sq, Sk)`` with ``attn_bias_batch_dim``,
-            ``(B or 1, Hq or 1, Sq, Sk)``, or ``(N, Sq, Sk)`` when merged. May require a gradient. Any of the dtypes
-            above.
+            ``(N, Sq, Sk)`` when merged, or four or five dimensions as for ``mask``; 1 in place of Sq or Sk always, of
+            the others where there are four or five. May require a gradient. Any of the dtypes above.
         attn_bias_batch_dim: a three-dimensional ``attn_bias`` starts with the batch instead of the heads.
         l2norm_qk: False when q and k are normalised already: their rows must have norm <= sqrt(groups).
         scale_max: promise that ``|scale| <= scale_max`` for a scale tensor, which allows the faster softmax without a
@@ -323,11 +325,11 @@ def _canonical(
     scale: float | Tensor,
     attn_bias_batch_dim: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """mask (B, Sk), bias in four dimensions, scale tensor (Hq,): views, differentiable."""
+    """mask (B, Sk) or in four dimensions, bias in four, scale tensor (Hq,): views, differentiable."""
     if mask is not None:
-        mask = mask.expand(sizes.batch, sizes.k_len)
+        mask = canonical_mask(mask, sizes)
     if attn_bias is not None:
-        attn_bias = bias_with_four_dimensions(attn_bias, attn_bias_batch_dim or sizes.merged)
+        attn_bias = bias_with_four_dimensions(attn_bias, attn_bias_batch_dim or sizes.merged, sizes)
     if not isinstance(scale, Tensor):
         return mask, attn_bias, None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -338,8 +340,8 @@ def _made_ready(
     q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
     """Copies, which autograd records, of what the kernels can not read in place."""
-    if attn_bias is not None and not bias_is_ready(attn_bias):
-        attn_bias = attn_bias.contiguous()
+    if attn_bias is not None:
+        attn_bias = made_ready(attn_bias, (q.shape[-2], k.shape[-2]))
     if isinstance(scale, Tensor):
         scale = scale_per_head(scale, q.shape[1] if q.ndim == 4 else 1, torch.float32)
     return realigned(q), realigned(k), realigned(v), attn_bias, scale

@@ -94,8 +94,9 @@ class CosineAttention(nn.Module):
         Args:
             x: ``(B, Sq, dim)``.
             context: ``(B, Sk, context_dim)``; None: self-attention, ``context = x``.
-            mask: bool ``(B, Sk)``, True = may be attended.
-            attn_bias: ``(heads, Sq, Sk)``, ``(B, Sq, Sk)`` with ``attn_bias_batch_dim``, or ``(B|1, heads|1, Sq, Sk)``.
+            mask: bool, True = may be attended; the forms of ``cosattn.cosine_attention``.
+            attn_bias: its forms too: ``(heads, Sq, Sk)``, ``(B, Sq, Sk)`` with ``attn_bias_batch_dim``, four or five
+                dimensions.
             bias_bound: promise about the size of ``attn_bias``, as in ``cosattn.cosine_attention``.
 
         Returns:

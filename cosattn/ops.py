@@ -1,8 +1,8 @@
 """The registered operators ``torch.ops.cosattn``: schemas, implementations for CPU, CUDA and fake tensors, gradients.
 
-Both take canonical inputs: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), mask (B, Sk), bias
-(B or 1, Hq or 1, Sq, Sk), scale_tensor (Hq,) or None for the constant ``scale``. ``functional.py`` checks arguments and
-brings them to this form.
+Both take canonical inputs: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), mask (B, Sk) or (W, Hq, Sq, Sk),
+bias (W, Hq or 1, Sq, Sk), where W divides B and entry b reads entry b % W, scale_tensor (Hq,) or None for the constant
+``scale``. ``functional.py`` checks arguments and brings them to this form.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cosattn import cpu, fallback
 from cosattn.arguments import Sizes
 from cosattn.autograd import NO_DOUBLE_BACKWARD
 from cosattn.errors import UnsupportedError
-from cosattn.plan import MISSING, Plan, bias_is_ready, empty_like_stored, metadata, plans, realigned, remember
+from cosattn.plan import MISSING, Plan, empty_like_stored, made_ready, metadata, plans, realigned, remember
 
 FORWARD = "cosattn::attention_forward"
 BACKWARD = "cosattn::attention_backward"
@@ -263,8 +263,8 @@ def _ready(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the kernels can read in place: copies of what they can not."""
-    if bias is not None and not bias_is_ready(bias):
-        bias = bias.contiguous()
+    if bias is not None:
+        bias = made_ready(bias, (q.shape[2], k.shape[2]))
     if scale_tensor is not None:
         scale_tensor = scale_tensor.contiguous()
     return realigned(q), realigned(k), realigned(v), bias, scale_tensor

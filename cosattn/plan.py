@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cosattn import abi, fallback, families, launch
 from cosattn.arch import arch_of
-from cosattn.arguments import Sizes, with_heads
+from cosattn.arguments import Sizes, canonical_mask, with_heads
 from cosattn.errors import ToolchainError, UnsupportedError
 from cosattn.spec import DType, KernelSpec, Softmax
 
@@ -218,8 +218,9 @@ class Plan:
         self.ready = (
             self.ready
             and all(aligned(tensor.shape, tensor.stride(), q.element_size()) for tensor in (q, k, v))
-            and (bias is None or bias_is_ready(bias))
+            and (bias is None or bias_is_ready(bias, (sizes.q_len, sizes.k_len)))
         )
+        pairs = mask is not None and _is_pair_mask(mask, sizes)
         spec = KernelSpec(
             direction="forward",
             arch=architecture(self._device),
@@ -229,7 +230,8 @@ class Plan:
             groups=groups if l2norm else 1,
             l2norm=l2norm,
             causal=causal,
-            mask=mask is not None,
+            mask=mask is not None and not pairs,
+            pair_mask=pairs,
             bias=None if bias is None else DTYPE_NAMES[bias.dtype],
             softmax=softmax,
         )
@@ -343,7 +345,7 @@ class Plan:
         out_address, dout_address = out.data_ptr(), dout.data_ptr()
         if not plan.aligned or (q_address | k_address | v_address | out_address | dout_address) % ALIGNMENT:
             q, k, v, out, dout = (realigned(tensor) for tensor in (q, k, v, out, dout))
-            bias = bias if bias is None or bias_is_ready(bias) else bias.contiguous()
+            bias = bias if bias is None or _keys_are_contiguous(bias) else bias.contiguous()
             return self.backward(
                 q, k, v, mask, bias, scale, out, lse, dout, dlse,
                 deterministic, bias_grad, scale_grad,
@@ -413,7 +415,7 @@ class Plan:
             fallback.warn_once(error)
         itemsize = q.element_size()
         usable = all(aligned(tensor.shape, tensor.stride(), itemsize) for tensor in (q, k, v, out, dout))
-        usable = usable and (bias is None or bias_is_ready(bias))
+        usable = usable and (bias is None or _keys_are_contiguous(bias))
         problem, workspace = b"", 0
         layouts = [_allocation(tensor.shape, tensor.stride(), tensor.shape[-1]) for tensor in (q, k, v)]
         if usable and kernel is not None:
@@ -423,7 +425,7 @@ class Plan:
             for name, tensor, layout in zip(("dq", "dk", "dv"), (q, k, v), layouts, strict=True):
                 fields[name] = bhs_strides(*(layout or (tensor.shape, tensor.stride())))
             if bias_grad and self._bias is not None:
-                fields["dbias"] = _broadcast_strides(self._bias, dense_strides(self._bias, (0, 0, 0, 1)))
+                fields["dbias"] = _broadcast_strides(self._bias, dense_strides(self._bias, (0, 0, 0, 1)))[:3]
             problem = self._pack(fields)
             with torch.cuda.device(self._device):
                 workspace = kernel.workspace_bytes(problem)
@@ -441,14 +443,15 @@ class Plan:
             name: bhs_strides(tensor.shape, tensor.stride()) for name, tensor in (("q", q), ("k", k), ("v", v))
         }
         if mask is not None:
-            fields["mask"] = tuple(
-                0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
-            )
+            batch, *inner = _broadcast_strides(mask.shape, mask.stride())[-4:]
+            fields["mask"] = (batch, *(inner if len(inner) == 3 else (0, 0, *inner)))
+            fields["mask_batches"] = (mask.shape[-4] if mask.ndim >= 4 else mask.shape[0],)
         if bias is not None and self._bias is not None:
             strides = bias.stride()
             if len(strides) == 3:
                 strides = (0, *strides) if self._bias[0] == 1 else (strides[0], 0, *strides[1:])
-            fields["bias"] = _broadcast_strides(self._bias, strides)
+            fields["bias"] = _broadcast_strides(self._bias, strides[-4:])[:3]
+            fields["bias_batches"] = (self._bias[0],)
         return fields
 
     def _pack(self, fields: dict[str, tuple[int, ...]]) -> bytes:
@@ -462,7 +465,10 @@ class Plan:
             "k_len": sizes.k_len,
         }
         for name, strides in fields.items():
-            axes = ("b", "s") if name == "mask" else ("b", "h", "s")
+            if name in abi.INTEGERS:
+                (values[name],) = strides
+                continue
+            axes = ("b", "h", "q", "s") if name == "mask" else ("b", "h", "s")
             values.update({f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)})
         return launch.pack_problem(*(values.get(name, 0) for name in abi.INTEGERS), self._scale)
 
@@ -486,7 +492,7 @@ class Plan:
                 with_heads(q),
                 with_heads(k),
                 with_heads(v),
-                mask,
+                mask if mask is None else canonical_mask(mask, sizes),
                 None if bias is None or self._bias is None else bias.reshape(self._bias),
                 self._scale if scale is None else scale.view(-1),
             ),
@@ -506,9 +512,19 @@ class Plan:
         return dq, dk, dv, dbias, dscale
 
 
-def bias_is_ready(bias: Tensor) -> bool:
-    """Whether the kernels can read a bias as it is: keys contiguous."""
+def bias_is_ready(bias: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether the kernels can read a bias as it is: all queries and keys there, keys contiguous."""
+    return bias.shape[-2:] == lengths and _keys_are_contiguous(bias)
+
+
+def _keys_are_contiguous(bias: Tensor) -> bool:
     return bias.shape[-1] == 1 or bias.stride(-1) == 1
+
+
+def made_ready(bias: Tensor, lengths: tuple[int, int]) -> Tensor:
+    """A bias that is ready: expanded over queries without a copy, a copy where its keys are apart. Differentiable."""
+    bias = bias.expand(*bias.shape[:-2], *lengths)
+    return bias if bias_is_ready(bias, lengths) else bias.contiguous()
 
 
 def scale_is_ready(scale: Tensor, heads: int) -> bool:
@@ -518,14 +534,22 @@ def scale_is_ready(scale: Tensor, heads: int) -> bool:
 
 def _bias_shape(bias: Tensor, batch_dim: bool) -> tuple[int, ...]:
     shape = tuple(bias.shape)
-    if len(shape) == 4:
-        return shape
+    if len(shape) >= 4:
+        return shape[-4:]
     return (shape[0], 1, *shape[1:]) if batch_dim else (1, *shape)
 
 
 def _broadcast_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides over batch, head and row, 0 where the size is 1."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True))
+    """Strides, 0 where the size is 1."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _is_pair_mask(mask: Tensor, sizes: Sizes) -> bool:
+    """Whether a mask says more than which keys of a batch entry exist."""
+    if mask.ndim == 2:
+        return False
+    batch, heads, rows = _broadcast_strides(mask.shape, mask.stride())[-4:-1]
+    return heads != 0 or rows != 0 or (batch != 0 and mask.shape[-4] != sizes.batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

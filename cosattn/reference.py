@@ -83,9 +83,10 @@ def cosine_attention_reference(
         scale: a number, or a tensor of one value per query head: ``(Hq,)``, ``(Hq, 1, 1)`` or ``(1, Hq, 1, 1)``.
         groups: chunks of the head dimension that are normalised separately.
         causal: query i sees the keys j <= i + Sk - Sq.
-        mask: bool ``(B, Sk)`` (``(N, Sk)`` when merged), True = may be attended.
-        attn_bias: ``(Hq, Sq, Sk)``; ``(B, Sq, Sk)`` with ``attn_bias_batch_dim`` or merged heads; or
-            ``(B|1, Hq|1, Sq, Sk)``.
+        mask: bool ``(B, Sk)`` (``(N, Sk)`` when merged), broadcastable to ``(B, Hq, Sq, Sk)``, or
+            ``(1, W, Hq, Sq, Sk)`` for the batch seen as ``(B / W, W)``; True = may be attended.
+        attn_bias: ``(Hq, Sq, Sk)``; ``(B, Sq, Sk)`` with ``attn_bias_batch_dim`` or merged heads; or in four or five
+            dimensions as ``mask``.
         l2norm_qk: normalise q and k; False promises that they are normalised already.
         return_lse: also return the log of the softmax denominators.
 
@@ -101,6 +102,10 @@ def cosine_attention_reference(
         k, v = rearrange(k, "b j d -> b 1 j d"), rearrange(v, "b j d -> b 1 j d")
     if attn_bias is not None and attn_bias.ndim == 3:
         attn_bias = rearrange(attn_bias, "b i j -> b 1 i j" if merged or attn_bias_batch_dim else "h i j -> 1 h i j")
+    if attn_bias is not None and attn_bias.ndim == 5:
+        attn_bias = repeated(attn_bias[0], q.shape[0])
+    if mask is not None and mask.ndim != 4:
+        mask = rearrange(mask, "b j -> b 1 1 j") if mask.ndim == 2 else repeated(mask[0], q.shape[0])
     if isinstance(scale, Tensor):
         scale = scale.reshape(-1, 1, 1)
 
@@ -109,6 +114,11 @@ def cosine_attention_reference(
     if merged:
         out, lse = rearrange(out, "n 1 i d -> n i d"), rearrange(lse, "n 1 i -> n i")
     return (out, lse) if return_lse else out
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """``(W, ...)`` for all of a batch, entry b being entry b % W: ``(B, ...)``, or as it is where W is 1."""
+    return x if x.shape[0] in (1, batch) else repeat(x, "w ... -> (n w) ...", n=batch // x.shape[0])
 
 
 def _attend(
@@ -142,7 +152,7 @@ def _attend(
     if causal:
         visible = visible.tril(k.shape[2] - q.shape[2])
     if mask is not None:
-        visible = visible & rearrange(mask, "b j -> b 1 1 j")
+        visible = visible & mask
     logits = logits.masked_fill(q_broken[..., :, None] | k_broken[..., None, :], float("nan"))
     logits = logits.masked_fill(~visible, float("-inf"))
 

@@ -14,13 +14,14 @@ from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpe
 _SWITCH = {"no": [False], "yes": [True], "both": [False, True]}
 _SWITCHES = {
     "causal": "causal attention",
-    "mask": "a boolean key mask",
+    "mask": "a boolean mask over keys",
+    "pair-mask": "a boolean mask over queries and keys",
     "l2norm": "normalise q and k inside the kernel",
     "short": "at most 64 queries of narrow heads (sm90 only; backward up to d 32: 128)",
     "deterministic": "bitwise repeatable gradients (backward only)",
     "bias-grad": "the bias requires a gradient (backward only)",
 }
-_DEFAULTS = {"causal": "both", "mask": "no", "l2norm": "yes", "short": "no", "deterministic": "no", "bias-grad": "no"}
+_DEFAULTS = {name: {"causal": "both", "l2norm": "yes"}.get(name, "no") for name in _SWITCHES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +77,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         _SWITCH[options.l2norm],
         _SWITCH[options.causal],
         _SWITCH[options.mask],
+        _SWITCH[options.pair_mask],
         [None if bias == "none" else bias for bias in options.bias],
         options.softmax or [None],
         options.direction,
@@ -92,6 +94,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         norm,
         causal,
         mask,
+        pair_mask,
         bias,
         softmax,
         direction,
@@ -110,6 +113,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
             l2norm=norm,
             causal=causal,
             mask=mask,
+            pair_mask=pair_mask,
             bias=bias,
             softmax=softmax or ("online" if bias else "bounded"),
             deterministic=repeatable and backward,

@@ -43,6 +43,9 @@ class KernelSpec:
     l2norm: bool = True
     causal: bool = False
     mask: bool = False
+    """A mask over keys, (B, Sk)."""
+    pair_mask: bool = False
+    """A mask over queries and keys, (W, Hq|1, Sq|1, Sk); never beside ``mask``."""
     """A boolean key mask is given."""
     bias: DType | None = None
     """Type of the additive bias, None without one."""
@@ -68,6 +71,8 @@ class KernelSpec:
             parts.append("causal")
         if self.mask:
             parts.append("mask")
+        if self.pair_mask:
+            parts.append("pairmask")
         if self.bias is not None:
             parts.append(f"bias-{_SHORT[self.bias]}" + ("-grad" if self.bias_grad else ""))
         if self.softmax == "online":

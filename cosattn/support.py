@@ -25,6 +25,8 @@ def reasons(spec: KernelSpec) -> list[str]:
         found.append(f"groups {spec.groups} does not divide head dim {spec.head_dim}")
     if spec.direction == "forward" and (spec.deterministic or spec.bias_grad):
         found.append("deterministic and bias_grad belong to backward kernels only")
+    if spec.mask and spec.pair_mask:
+        found.append("a mask is over keys or over pairs of queries and keys, not both")
     if spec.bias_grad and spec.bias is None:
         found.append("bias_grad needs a bias")
     return found

@@ -52,7 +52,8 @@ def forward_tiles(spec: KernelSpec) -> ForwardTiles:
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     online, bias = spec.softmax == "online", spec.bias is not None
-    plain = not (online or bias or spec.mask)
+    mask = spec.mask or spec.pair_mask
+    plain = not (online or bias or mask)
     if spec.dtype == "float32":
         if widest <= 64:
             return [ForwardTiles(128, 32, 16, 4, 2, 2, False, overlap=False)]
@@ -68,12 +69,12 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
             ForwardTiles(32, 16, 16, 2, 2, 1, False),
         ]
     if widest <= 64 and bias:
-        blocks = (3 if spec.mask else 4) if widest <= 32 else (2 if spec.mask else 3)
+        blocks = (3 if mask else 4) if widest <= 32 else (2 if mask else 3)
         return [ForwardTiles(64, 64, 64, 4, 2, blocks, True)]  # windows: few queries a head
     if widest <= 64:
         return [ForwardTiles(128, 64, 64 if online else 16, 4, 2, 2, True)]
     if widest <= 128:
-        chunk = 16 if bias or (spec.mask and (online or spec.causal)) else 32
+        chunk = 16 if bias or (mask and (online or spec.causal)) else 32
         narrow = ForwardTiles(128, 32, chunk, 4, 2, 2, False, overlap=False)
         if limit_of(spec) > 200_000:  # room for two blocks
             return [ForwardTiles(128, 64, chunk, 4, 2, 2, False, overlap=plain and not spec.causal), narrow]
@@ -168,7 +169,7 @@ def query_tiles(spec: KernelSpec) -> QueryTiles:
 def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     biased = spec.bias is not None
-    plain = not (biased or spec.mask or spec.deterministic) and limit_of(spec) > 200_000
+    plain = not (biased or spec.mask or spec.pair_mask or spec.deterministic) and limit_of(spec) > 200_000
     if spec.dtype == "float32":
         if widest <= 64:
             tiles = [
@@ -197,7 +198,7 @@ def _backward_candidates(spec: KernelSpec) -> list[BackwardTiles]:
             BackwardTiles(64, 128, 16, 2, 1, 1, 1, 1, plain, False),
         ]
     if widest <= 128:
-        chunk = 16 if biased else 32
+        chunk = 16 if biased or spec.pair_mask else 32
         return [
             BackwardTiles(64, 128, chunk, 2, 2, 2, 2, 1, False, False),
             BackwardTiles(64, 128, chunk, 2, 2, 1, 1, 1, False, False),

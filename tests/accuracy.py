@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosattn.reference import l2norm
+from cosattn.reference import l2norm, repeated
 
 TOLERANCE = {  # relative Frobenius error of (out, gradients) on random normal inputs
     torch.float64: (1e-12, 1e-11),
@@ -73,7 +73,7 @@ def rounded_attention(case: Case) -> Results:
     scale = case.scale.to(wide).view(-1, 1, 1)
     logits = scale * (q_low @ k_low.mT)
     if case.bias is not None:
-        logits = logits + case.bias.to(wide)
+        logits = logits + repeated(case.bias, q.shape[0]).to(wide)
     p = _softmax(logits, case.visible)
     out = (rounded(p) @ v).to(dtype)
     delta = (dout * out.to(wide)).sum(-1, keepdim=True) - case.dlse.to(wide)[..., None]
@@ -87,7 +87,7 @@ def rounded_attention(case: Case) -> Results:
     dk, dv = (x.unflatten(1, (case.k.shape[1], -1)).sum(2) for x in (dk, dv))
     results = {"out": out, "dq": dq.to(dtype), "dk": dk.to(dtype), "dv": dv.to(dtype), "dscale": dscale}
     if case.bias is not None:
-        results["dbias"] = dlogits.sum_to_size(case.bias.shape).to(case.bias.dtype)
+        results["dbias"] = _summed(dlogits, case.bias).to(case.bias.dtype)
     return results
 
 
@@ -102,7 +102,9 @@ def sdpa(case: Case) -> Results:
         q, k = (F.normalize(x.unflatten(-1, (case.groups, -1)), dim=-1).flatten(-2) for x in (q, k))
     bias = None
     if case.bias is not None or not case.visible.all():
-        bias = torch.zeros((), dtype=q.dtype, device=q.device) if case.bias is None else case.bias.to(q.dtype)
+        bias = torch.zeros((), dtype=q.dtype, device=q.device)
+        if case.bias is not None:
+            bias = repeated(case.bias, q.shape[0]).to(q.dtype)
         bias = torch.where(case.visible, bias, float("-inf"))
     out = F.scaled_dot_product_attention(
         q, case.repeated(k), case.repeated(v), attn_mask=bias, scale=case.scale[0].item()
@@ -116,7 +118,7 @@ def magnitudes(case: Case) -> dict[str, float]:
     q, k, v, dout = (x.double() for x in (case.q, case.repeated(case.k), case.repeated(case.v), case.dout))
     q_unit, k_unit = (l2norm(x, case.groups) if case.l2norm_qk else x for x in (q, k))
     scale = case.scale.double().view(-1, 1, 1)
-    logits = scale * (q_unit @ k_unit.mT) + (0 if case.bias is None else case.bias.double())
+    logits = scale * (q_unit @ k_unit.mT) + (0 if case.bias is None else repeated(case.bias, q.shape[0]).double())
     p = _softmax(logits, case.visible)
     out = p @ v.abs()
     delta = (dout.abs() * out).sum(-1, keepdim=True) + case.dlse.double().abs()[..., None]
@@ -127,7 +129,7 @@ def magnitudes(case: Case) -> dict[str, float]:
     dv = p.mT @ dout.abs()
     sizes = {"out": out, "dq": dq, "dk": dk, "dv": dv, "dscale": dlogits.sum((0, 2, 3)) * case.groups}
     if case.bias is not None:
-        sizes["dbias"] = dlogits.sum_to_size(case.bias.shape)
+        sizes["dbias"] = _summed(dlogits, case.bias)
     return {name: _norm(value) for name, value in sizes.items()}
 
 
@@ -175,6 +177,11 @@ _CORE = frozenset({"out", "dq", "dk", "dv"})
 def _smallest(dtype: torch.dtype) -> float:
     """Spacing of the numbers nearest to 0."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
+def _summed(dlogits: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias that is repeated over the batch and broadcast over the rest."""
+    return dlogits.unflatten(0, (-1, bias.shape[0])).sum(0).sum_to_size(bias.shape)
 
 
 def _norm(x: Tensor) -> float:

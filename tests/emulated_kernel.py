@@ -100,14 +100,17 @@ class EmulatedKernel:
 
         def matrix(name: str, dtype: torch.dtype) -> torch.Tensor:
             strides = tuple(int(n[f"{name}_{axis}"]) for axis in "bhs")
-            shape = (1 if strides[0] == 0 else batch, 1 if strides[1] == 0 else q_heads, q_len, k_len)
+            shape = (int(n["bias_batches"]), 1 if strides[1] == 0 else q_heads, q_len, k_len)
             return view(p[name], shape, (*strides, 1), dtype)
 
         assert p["workspace"]
-        assert bool(p["mask"]) == spec.mask
+        assert bool(p["mask"]) == (spec.mask or spec.pair_mask)
         assert bool(p["bias"]) == (spec.bias is not None)
         assert spec.l2norm or spec.groups == 1
         mask = view(p["mask"], (batch, k_len), (int(n["mask_b"]), int(n["mask_s"])), torch.bool) if spec.mask else None
+        if spec.pair_mask:
+            strides = tuple(int(n[f"mask_{axis}"]) for axis in "bhqs")
+            mask = view(p["mask"], (int(n["mask_batches"]), q_heads, q_len, k_len), strides, torch.bool)
         bias = matrix("bias", _DTYPES[spec.bias]) if spec.bias else None
         scale = view(p["scale"], (q_heads,), (1,), torch.float32) if p["scale"] else float(n["scale"])
         inputs = (tensor("q"), tensor("k"), tensor("v"), mask, bias, scale)

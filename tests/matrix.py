@@ -17,6 +17,8 @@ FEATURES: Sequence[Mapping[str, Any]] = (
     {"groups": 8},
     {"bias": "float32", "softmax": "online"},
     {"bias": "bfloat16", "causal": True, "mask": True, "softmax": "online"},
+    {"pair_mask": True},
+    {"pair_mask": True, "bias": "float32", "causal": True, "softmax": "online"},
 )
 BACKWARD_FEATURES: Sequence[Mapping[str, Any]] = (
     *FEATURES,

@@ -16,7 +16,7 @@ from accuracy import Case, Results
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cosattn.reference import cosine_attention_reference, l2norm
+from cosattn.reference import cosine_attention_reference, l2norm, repeated
 from cosattn.spec import softmax_mode
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -32,6 +32,7 @@ class Spec:
     groups: int = 1
     causal: bool = False
     mask: bool = False
+    pair_mask: bool = False
     bias: torch.dtype | None = None
     bias_grad: bool = False
     softmax: str = "bounded"
@@ -41,7 +42,7 @@ class Spec:
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"d{self.d}"]
         parts += [f"dv{self.dv}"] * (self.dv != self.d) + [f"g{self.groups}"] * (self.groups != 1)
-        parts += ["causal"] * self.causal + ["mask"] * self.mask
+        parts += ["causal"] * self.causal + ["mask"] * self.mask + ["pairmask"] * self.pair_mask
         if self.bias is not None:
             parts.append(f"bias-{str(self.bias).removeprefix('torch.')}" + "-grad" * self.bias_grad)
         parts += ["nonorm"] * (not self.l2norm) + ["deterministic"] * self.deterministic
@@ -85,6 +86,11 @@ SPECS: tuple[Spec, ...] = (
     Spec(BF16, 72, 72, bias=BF16, softmax="bounded"),
     Spec(BF16, 64, 64, causal=True, deterministic=True),
     Spec(F32, 32, 32, mask=True, deterministic=True),
+    # masks over queries and keys
+    Spec(BF16, 32, 32, pair_mask=True, bias=F32, bias_grad=True, softmax="online"),
+    Spec(F16, 64, 64, pair_mask=True, causal=True),
+    Spec(F32, 40, 24, pair_mask=True, bias=F32, bias_grad=True, softmax="online", deterministic=True),
+    Spec(BF16, 128, 128, pair_mask=True),
 )
 """Covers every feature on CUDA; each is a forward and a backward kernel that take seconds to compile."""
 
@@ -104,7 +110,8 @@ KV_LAYOUTS = (*LAYOUTS, "expanded_heads", "expanded_batch")
 DOUT_LAYOUTS = ("dense", "heads_last", "ones")
 FORMS = ("4d", "4d", "single_head_kv", "merged")
 MASKS = ("random", "random", "sparse", "all", "empty_batch", "tail")
-BIASES = ("heads", "batch", "full", "shared")
+BIASES = ("heads", "batch", "full", "shared", "repeated", "rows", "keys")
+"""``repeated``: over the halves of the batch; ``rows``, ``keys``: one number for each row, for each key."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,10 @@ class Problem:
     mask: str = "random"
     bias: str = "heads"
     bias_has_infinities: bool = False
+    pair_mask: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    """Whether a mask over pairs differs between entries of the batch, heads, queries and keys."""
+    repeats: bool = False
+    """The batch is two equal parts to a mask over pairs."""
     uses_lse: bool = False
 
     @property
@@ -138,7 +149,7 @@ class Problem:
         """Whether the accuracy table is promised: see ``accuracy.assert_accurate``."""
         modest = 1 <= self.scale * self.spec.groups <= 16 and not self.scale_tensor
         large = self.q_len >= 16 and self.k_len >= 64 and (not self.spec.causal or self.k_len >= self.q_len)
-        whole = not self.spec.mask or self.mask in ("random", "all")
+        whole = not (self.spec.mask or self.spec.pair_mask) or self.mask in ("random", "all")
         plain = self.spec.bias is None and self.values == "normal" and not self.uses_lse and self.dout_layout != "ones"
         return modest and large and whole and plain
 
@@ -182,6 +193,8 @@ def problems(draw: st.DrawFn, spec: Spec, *, largest: int = 129, forms: tuple[st
         mask=draw(st.sampled_from(MASKS)),
         bias=draw(st.sampled_from(BIASES)),
         bias_has_infinities=draw(st.booleans()),
+        pair_mask=draw(st.tuples(*[st.booleans()] * 4)),
+        repeats=draw(st.booleans()),
         uses_lse=draw(st.booleans()),
     )
 
@@ -220,8 +233,9 @@ class Inputs:
         if problem.spec.causal:
             visible = visible.tril(problem.k_len - problem.q_len)
         if self.mask is not None:
-            visible = visible & self.mask[:, None, None, :]
-        return visible if self.bias is None else visible & (self.bias > float("-inf"))
+            pairs = self.mask if self.mask.ndim == 4 else self.mask[:, None, None, :]
+            visible = visible & repeated(pairs, self.problem.batch)
+        return visible if self.bias is None else visible & (repeated(self.bias, self.problem.batch) > float("-inf"))
 
     def case(self) -> Case:
         """What the other implementations take."""
@@ -258,7 +272,7 @@ class Inputs:
         if spec.deterministic:
             options["deterministic"] = True
         if self.mask is not None:
-            options["mask"] = self.mask
+            options["mask"] = _with_period(self.mask, problem.batch)
         if self.bias is not None:
             options["attn_bias"] = self._public_bias(self.bias)
             options["attn_bias_batch_dim"] = problem.bias == "batch" and options["attn_bias"].ndim == 3
@@ -266,6 +280,8 @@ class Inputs:
         return (q, k, v), options
 
     def _public_bias(self, bias: Tensor) -> Tensor:
+        if self.problem.bias == "repeated":
+            return bias[None]
         if self.problem.bias == "heads" and self.problem.form != "merged":
             return bias[0]
         return bias[:, 0] if self.problem.bias == "batch" else bias
@@ -309,8 +325,8 @@ class Inputs:
             scale=leaves["dscale"],
             groups=spec.groups,
             causal=spec.causal,
-            mask=self.mask,
-            attn_bias=leaves.get("dbias"),
+            mask=None if self.mask is None else _with_period(self.mask, self.problem.batch),
+            attn_bias=leaves["dbias"][None] if self.bias is not None else None,
             l2norm_qk=spec.l2norm,
             return_lse=True,
         )
@@ -367,7 +383,7 @@ def build(problem: Problem, device: str) -> Inputs:
         k=k,
         v=v,
         scale=scale,
-        mask=_mask(problem, generator).to(device) if spec.mask else None,
+        mask=_mask(problem, generator).to(device) if spec.mask or spec.pair_mask else None,
         bias=_bias(problem, generator, device) if spec.bias is not None else None,
         dout=dout,
         dlse=dlse,
@@ -399,6 +415,10 @@ def _special_values(problem: Problem, q: Tensor, k: Tensor, generator: torch.Gen
 
 def _mask(problem: Problem, generator: torch.Generator) -> Tensor:
     share = {"random": 0.75, "sparse": 0.1}.get(problem.mask, 1.0)
+    if problem.spec.pair_mask:
+        full = (_period(problem) if problem.repeats else problem.batch, problem.q_heads, problem.q_len, problem.k_len)
+        shape = [size if differs else 1 for size, differs in zip(full, problem.pair_mask, strict=True)]
+        return torch.rand(shape, generator=generator) < share
     mask = torch.rand(problem.batch, problem.k_len, generator=generator) < share
     if problem.mask == "empty_batch":
         mask[problem.seed % problem.batch] = False
@@ -407,11 +427,22 @@ def _mask(problem: Problem, generator: torch.Generator) -> Tensor:
     return mask
 
 
+def _period(problem: Problem) -> int:
+    """Half of the batch, if it has one."""
+    return problem.batch // 2 if problem.batch % 2 == 0 else problem.batch
+
+
+def _with_period(x: Tensor, batch: int) -> Tensor:
+    """``(W, ...)`` in five dimensions where the batch is more than one W."""
+    return x if x.ndim == 2 or x.shape[0] in (1, batch) else x[None]
+
+
 def _bias(problem: Problem, generator: torch.Generator, device: str) -> Tensor:
     spec = problem.spec
-    batch = problem.batch if problem.bias in ("batch", "full") else 1
-    heads = problem.q_heads if problem.bias in ("heads", "full") else 1
-    bias = torch.randn(batch, heads, problem.q_len, problem.k_len, generator=generator, dtype=F64)
+    batch = {"batch": problem.batch, "full": problem.batch, "repeated": _period(problem)}.get(problem.bias, 1)
+    heads = problem.q_heads if problem.bias in ("heads", "full", "repeated") else 1
+    q_len, k_len = 1 if problem.bias == "keys" else problem.q_len, 1 if problem.bias == "rows" else problem.k_len
+    bias = torch.randn(batch, heads, q_len, k_len, generator=generator, dtype=F64)
     if problem.bias_bound is not None:
         bias = bias.clamp(-problem.bias_bound, problem.bias_bound)
     if problem.bias_has_infinities:

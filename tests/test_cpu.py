@@ -36,6 +36,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias-heads": {"bias": (2, 4, 5)},
     "bias-batch": {"bias": (2, 4, 5), "attn_bias_batch_dim": True},
     "bias-shared": {"bias": (1, 1, 4, 5)},
+    "bias-keys": {"bias": (2, 1, 5)},
+    "bias-rows": {"bias": (1, 1, 4, 1)},
+    "bias-windows": {"bias": (1, 1, 2, 4, 5)},
+    "pair-mask": {"mask": (2, 2, 4, 5)},
+    "everything-pairs": {"causal": True, "mask": (1, 1, 1, 4, 5), "groups": 2, "bias": (1, 2, 1, 1, 5)},
     "everything": {"causal": True, "mask": True, "groups": 2, "bias": (2, 1, 4, 5)},
 }
 
@@ -47,7 +52,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 def test_gradients_by_finite_differences(feature: str, kv_heads: int, learned_scale: bool) -> None:
     options = dict(FEATURES[feature])
     bias_shape = options.pop("bias", None)
-    if options.pop("mask", False):
+    mask = options.pop("mask", False)
+    if isinstance(mask, tuple):
+        options["mask"] = torch.rand(mask, generator=torch.Generator().manual_seed(3)) < 0.6
+    elif mask:
         options["mask"] = torch.tensor([[True, True, False, True, True], [False, True, False, True, True]])
     leaves = {"q": normal(2, 2, 4, 4), "k": normal(2, kv_heads, 5, 4, seed=1), "v": normal(2, kv_heads, 5, 3)}
     if bias_shape is not None:

@@ -29,6 +29,10 @@ PROBLEMS = [
     Problem(d=192, dv=128, arch="sm90", causal=True),
     Problem(d=64, arch="sm90", mask=True),
     Problem(d=32, arch="sm90", bias="bfloat16", mask=True),
+    Problem(d=32, arch="sm90", bias="bfloat16", pair_mask=(1, False, True, True)),
+    Problem(d=64, arch="sm90", bias="float32", pair_mask=(1, False, True, True)),
+    Problem(dtype="float32", d=32, arch="sm80", pair_mask=(1, False, True, True)),
+    Problem(dtype="float16", d=128, arch="sm80", pair_mask=(1, False, True, True), causal=True),
     Problem(dtype="float16", d=64, arch="sm89", bias="float16", causal=True),
     Problem(dtype="float32", d=32, arch="sm80", bias="float32"),
     Problem(d=64, arch="sm80", softmax="online", causal=True, mask=True),
@@ -56,7 +60,7 @@ def spill_limit(spec: KernelSpec) -> int:
     widest = max(spec.head_dim, spec.value_dim)
     if spec.dtype == "float32":
         return WIDE_FLOAT32 if widest > 128 else FEW_REGISTERS if spec.mask or widest == 128 else 0
-    plain = spec.softmax == "bounded" and not spec.mask and spec.bias is None
+    plain = spec.softmax == "bounded" and not (spec.mask or spec.pair_mask) and spec.bias is None
     return 0 if plain and (widest <= 64 or spec.arch == "sm90") else FEW_REGISTERS
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulator import harness
-from emulator.check import Problem, check, computed, specs, tensors_of
+from emulator.check import Problem, check, computed, specs, tensors_of, visible
 
 from cosattn.spec import DTYPES, DType
 
@@ -34,6 +34,12 @@ FEATURES = [
     Problem(deterministic=True, causal=True, sq=100, heads=4, kv_heads=2, dlse=True),
     Problem(sq=1, sk=1),
     Problem(sq=128, sk=64, d=64),
+    Problem(pair_mask=(2, False, True, True), bias="float32", batch=4, sq=49),  # windows of images
+    Problem(pair_mask=(2, False, True, True), bias="float32", batch=4, bias_period=2, sq=70, deterministic=True),
+    Problem(pair_mask=(1, True, True, False), causal=True, sq=33, sk=130, l2norm=False),
+    Problem(pair_mask=(2, True, False, True), softmax="online", d=128, dlse=True, heads=4, kv_heads=2),
+    Problem(pair_mask=(2, False, True, True), causal=True, sk=90, l2norm=False, deterministic=True),
+    Problem(bias="bfloat16", bias_shape="bhqk", bias_period=2, batch=4),
     Problem(d=64, sq=65, sk=129, causal=True, arch="sm90"),
     Problem(d=96, arch="sm89", deterministic=True),
 ]
@@ -48,6 +54,34 @@ LARGE = [
 @pytest.mark.parametrize("problem", FEATURES + LARGE, ids=str)
 def test_against_float64(problem: Problem, dtype: DType) -> None:
     check(replace(problem, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_over_pairs_keeps_nan_where_it_is_seen(dtype: DType, deterministic: bool, causal: bool) -> None:
+    """A key, a value, a query and a row of dout that are NaN: everything that does not see them is as without them."""
+    problem = Problem(
+        dtype=dtype, pair_mask=(1, False, True, True), sq=70, sk=90, batch=1, heads=1, causal=causal,
+        deterministic=deterministic,
+    )  # fmt: skip
+    t = tensors_of(problem)
+    clean = computed(problem, t)
+    seen = visible(problem, t)[0, 0]
+    for name, row in (("k", 20), ("v", 7), ("q", 31), ("dout", 66)):
+        broken = getattr(t, name).clone()
+        broken[0, 0, row, 3] = float("nan")
+        results = computed(problem, replace(t, **{name: broken}))
+        if name in "kv":
+            rows, keys = seen[:, row], seen[seen[:, row]].any(0)
+            assert results["out"][0, 0, rows].isnan().any(-1).all()
+        else:
+            rows = torch.arange(70) == row
+            keys = seen[row]
+        for result, reached in (("out", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
+            if (name, result) == ("dout", "out"):
+                reached = torch.zeros_like(rows)
+            torch.testing.assert_close(results[result][0, 0, ~reached], clean[result][0, 0, ~reached])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -156,6 +156,50 @@ def test_masks(kernels: dict[KernelSpec, EmulatedKernel], mask_shape: tuple[int,
 
 
 @pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 2, 5, 7),
+        (1, 1, 5, 7),
+        (4, 1, 5, 1),
+        (1, 2, 1, 7),
+        (1, 1, 1, 1),
+        (1, 2, 1, 5, 7),
+        (1, 2, 2, 5, 7),
+        (1, 2, 1, 1, 7),
+    ],
+)
+def test_masks_over_pairs(kernels: dict[KernelSpec, EmulatedKernel], shape: tuple[int, ...]) -> None:
+    """Read where they are, whatever is broadcast."""
+    mask = torch.rand(shape) < 0.7
+    q, k, v = leaf(4, 2, 5, 16), leaf(4, 1, 7, 16), leaf(4, 1, 7, 8)
+    for one in (mask, mask.mT.contiguous().mT, torch.stack([mask, mask], -1)[..., 0]):
+        check({"mask": one, "causal": True}, q, k, v)
+    addresses = {call[0]["mask"] for kernel in kernels.values() for call in kernel.calls}
+    assert mask.data_ptr() in addresses
+    assert all(spec.pair_mask != spec.mask for spec in kernels)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 7), (1, 1, 1, 7), (1, 4, 1, 1, 7)])
+def test_a_mask_over_pairs_that_is_one_over_keys(
+    kernels: dict[KernelSpec, EmulatedKernel], shape: tuple[int, ...]
+) -> None:
+    mask = torch.rand(shape) < 0.7
+    q, k, v = leaf(4, 2, 5, 16), leaf(4, 2, 7, 16), leaf(4, 2, 7, 8)
+    check({"mask": mask}, q, k, v)
+    check({"mask": mask.expand(*shape[:-3], 2, 5, 7)}, q, k, v)
+    assert all(spec.mask and not spec.pair_mask for spec in kernels)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 2, 5, 7), (1, 2, 1, 5, 7), (1, 2, 1, 1, 7), (1, 4, 2, 1, 1), (4, 1, 5, 1), (1, 2, 1, 7), (2, 1, 7)]
+)
+def test_a_bias_broadcast_anywhere(kernels: dict[KernelSpec, EmulatedKernel], shape: tuple[int, ...]) -> None:
+    q, k, v = leaf(4, 2, 5, 16), leaf(4, 2, 7, 16), leaf(4, 2, 7, 8)
+    check({"attn_bias": leaf(*shape)}, q, k, v)
+    check({"attn_bias": leaf(*shape), "mask": torch.rand(1, 2, 1, 5, 7) < 0.7}, q, k, v)
+
+
+@pytest.mark.parametrize(
     ("shape", "options"),
     [
         ((4, 5, 7), {}),

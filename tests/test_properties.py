@@ -36,6 +36,10 @@ PLAIN = chosen(Spec(BF16, 64, 64), Spec(F16, 64, 64, softmax="online"), Spec(F32
 CAUSAL = chosen(
     Spec(BF16, 64, 64, causal=True), Spec(F16, 96, 80, causal=True), Spec(F32, 64, 64, causal=True, mask=True)
 )
+PAIRS = chosen(
+    Spec(F16, 64, 64, pair_mask=True, causal=True),
+    Spec(BF16, 128, 128, pair_mask=True),
+)
 MASKED = chosen(
     Spec(BF16, 128, 128, causal=True, mask=True),
     Spec(F16, 24, 40, mask=True),
@@ -133,7 +137,7 @@ def test_what_lies_behind_the_mask_reaches_nothing(device: str, spec: Spec, data
     assert not results["dv"].masked_select(hidden).any()
 
 
-@on_both(CAUSAL)
+@on_both(chosen(*CAUSAL, *PAIRS))
 @given(data=st.data(), poison=st.sampled_from([float("nan"), float("inf")]), target=st.sampled_from("kv"))
 def test_a_broken_key_reaches_only_the_rows_that_see_it(
     device: str, spec: Spec, data: st.DataObject, poison: float, target: str
@@ -163,7 +167,7 @@ def test_a_broken_key_reaches_only_the_rows_that_see_it(
         assert results[name][other].isfinite().all(), f"{name} of other heads"
 
 
-@on_both(CAUSAL)
+@on_both(chosen(*CAUSAL, *PAIRS))
 @given(data=st.data(), poison=st.sampled_from([float("nan"), float("inf")]))
 def test_a_broken_query_reaches_only_its_row_and_the_keys_it_sees(
     device: str, spec: Spec, data: st.DataObject, poison: float
@@ -185,7 +189,7 @@ def test_a_broken_query_reaches_only_its_row_and_the_keys_it_sees(
         assert results[name].isfinite().all(-1).logical_or(reached).all(), name
 
 
-@on_both(MASKED)
+@on_both(chosen(*MASKED, *PAIRS))
 @given(data=st.data())
 def test_a_row_that_sees_nothing_is_zero_and_passes_no_gradient(device: str, spec: Spec, data: st.DataObject) -> None:
     inputs = draw_inputs(data, spec, device)

@@ -95,6 +95,20 @@ def test_three_dimensional_forms_are_the_four_dimensional_ones() -> None:
     torch.testing.assert_close(cosine_attention_reference(q, k[:, 0], v[:, 0]), expected)
 
 
+def test_five_dimensions_repeat_over_the_batch() -> None:
+    """As windows do over images: entry b reads entry b % W."""
+    q, k, v = normal(6, 4, 5, 8), normal(6, 4, 7, 8), normal(6, 4, 7, 8)
+    mask, bias = normal(3, 1, 5, 7) < 0.5, normal(3, 4, 1, 7)
+    expected = cosine_attention_reference(
+        q, k, v, mask=mask[[0, 1, 2, 0, 1, 2]], attn_bias=bias[[0, 1, 2, 0, 1, 2]].expand(-1, -1, 5, -1)
+    )
+    assert torch.equal(cosine_attention_reference(q, k, v, mask=mask[None], attn_bias=bias[None]), expected)
+    keys = normal(6, 7) < 0.5
+    assert torch.equal(
+        cosine_attention_reference(q, k, v, mask=keys[:, None, None]), cosine_attention_reference(q, k, v, mask=keys)
+    )
+
+
 def test_bias_forms() -> None:
     q, k, v = normal(2, 4, 5, 8), normal(2, 4, 7, 8), normal(2, 4, 7, 8)
     heads, batch = normal(4, 5, 7), normal(2, 5, 7)

@@ -49,12 +49,14 @@ def test_headers_are_those_that_are_included() -> None:
 def test_features_leave_no_trace_where_they_are_not_asked_for() -> None:
     plain = render(PLAIN).source
     assert "p.mask" not in plain
-    assert "p.bias" not in plain
+    assert "bias_of" not in plain
     assert "k_hat;" not in plain
     assert "backward_queries" not in plain
     full = render(replace(PLAIN, mask=True, bias="float32", bias_grad=True, deterministic=True)).source
-    for text in ("p.mask", "p.bias", "k_hat;", "backward_queries", "backward_bias"):
+    for text in ("p.mask", "bias_of", "k_hat;", "backward_queries", "backward_bias"):
         assert text in full
+    assert "pair_mask_of" not in full
+    assert "pair_mask_of" in render(replace(PLAIN, pair_mask=True)).source
 
 
 def test_an_undefined_name_is_an_error() -> None:

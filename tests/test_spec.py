@@ -60,6 +60,7 @@ def test_every_field_is_in_the_name() -> None:
         "l2norm": False,
         "causal": True,
         "mask": True,
+        "pair_mask": True,
         "bias": "float16",
         "softmax": "online",
         "short": True,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accuracy import Case, assert_accurate, relative_error
 from torch import Tensor
 
-from cosattn.reference import cosine_attention_reference
+from cosattn.reference import cosine_attention_reference, repeated
 from cosattn.spec import DType, KernelSpec, Softmax
 from emulator import harness
 
@@ -38,8 +38,12 @@ class Problem:
     causal: bool = False
     mask: bool = False
     """Hides about a third of the keys of the first batch, and all keys of the last."""
+    pair_mask: tuple[int, bool, bool, bool] | None = None
+    """W, and whether the mask differs between heads, between queries and between keys; hides about a third."""
     bias: DType | None = None
     bias_shape: Literal["hqk", "bqk", "bhqk", "qk"] = "hqk"
+    bias_period: int | None = None
+    """W of a bias that repeats over the batch; None: as ``bias_shape`` says."""
     bias_grad: bool = True
     scale: float | None = None
     """None: 8 / groups; 0: a tensor of a value per head."""
@@ -91,10 +95,17 @@ def tensors_of(problem: Problem, seed: int = 0) -> Tensors:
         mask = torch.rand(problem.batch, sk, generator=generator) > 0.3
         mask[0, 0] = True
         mask[-1] = problem.batch == 1
+    if problem.pair_mask:
+        period, *differs = problem.pair_mask
+        shape = [full if on else 1 for on, full in zip(differs, (heads, sq, sk), strict=True)]
+        mask = torch.rand(period, *shape, generator=generator) > 0.3
+        mask[..., 0, :] = False  # a row that sees nothing
+        mask = mask.expand(-1, heads, sq, sk)
     bias = None
     if problem.bias:
         sizes = {"b": problem.batch, "h": heads}
-        leading = (sizes[axis] if axis in problem.bias_shape else 1 for axis in "bh")
+        leading = [sizes[axis] if axis in problem.bias_shape else 1 for axis in "bh"]
+        leading[0] = problem.bias_period or leading[0]
         bias = normal(*leading, sq, sk).to(TORCH[problem.bias])
     scale: float | Tensor = 8.0 / problem.groups if problem.scale is None else problem.scale
     if scale == 0:
@@ -134,6 +145,7 @@ def exact(problem: Problem, t: Tensors) -> dict[str, Tensor]:
     leaves = {name: getattr(t, name).double().requires_grad_() for name in ("q", "k", "v")}
     if t.bias is not None:
         leaves["bias"] = t.bias.double().requires_grad_()
+    bias, mask = leaves.get("bias"), t.mask
     if isinstance(t.scale, Tensor):
         leaves["scale"] = t.scale.double().requires_grad_()
     out, lse = cosine_attention_reference(
@@ -143,8 +155,8 @@ def exact(problem: Problem, t: Tensors) -> dict[str, Tensor]:
         scale=leaves.get("scale", t.scale),
         groups=problem.groups,
         causal=problem.causal,
-        mask=t.mask,
-        attn_bias=leaves.get("bias"),
+        mask=mask if mask is None or mask.ndim == 2 else mask[None],
+        attn_bias=None if bias is None else bias[None],
         l2norm_qk=problem.l2norm,
         return_lse=True,
     )
@@ -160,7 +172,7 @@ def computed(problem: Problem, t: Tensors, seed: int = 0) -> dict[str, Tensor]:
     """The results of the kernels; what the mask hides is NaN. Raises harness.KernelFault."""
     forward, backward = specs(problem)
     k, v = t.k, t.v
-    if t.mask is not None:
+    if problem.mask:
         hidden = ~t.mask[:, None, :, None]
         k, v = k.masked_fill(hidden, float("nan")), v.masked_fill(hidden, float("nan"))
     first = harness.run_forward(forward, t.q, k, v, mask=t.mask, bias=t.bias, scale=t.scale, seed=seed)
@@ -199,22 +211,22 @@ def check(problem: Problem, seed: int = 0) -> dict[str, float]:
     assert difference <= roundoff * problem.groups + 2e-5, f"lse is off by {difference:.2e}"
     for name in ("out", "dq"):
         assert not results[name][~sees].any(), f"{name} of a row that sees nothing is 0"
-    if t.mask is not None:
+    if problem.mask:
         for name in ("dk", "dv"):
             assert not results[name].transpose(1, 2)[~t.mask].any(), f"{name} of a hidden key is 0"
     scale = t.scale if isinstance(t.scale, Tensor) else torch.full((problem.heads,), t.scale)
     dlse = torch.zeros(t.q.shape[:-1]) if t.dlse is None else t.dlse
-    case = Case(t.q, t.k, t.v, scale, problem.groups, problem.l2norm, _visible(problem, t), t.bias, t.dout, dlse)
+    case = Case(t.q, t.k, t.v, scale, problem.groups, problem.l2norm, visible(problem, t), t.bias, t.dout, dlse)
     standard = problem.scale is None and min(problem.sk or problem.sq, problem.sq) > 8 and not problem.dlse
     assert_accurate(results, expected, case, standard=standard)
     return {name: relative_error(x, expected[name]) for name, x in results.items()}
 
 
-def _visible(problem: Problem, t: Tensors) -> Tensor:
+def visible(problem: Problem, t: Tensors) -> Tensor:
     sq, sk = t.q.shape[2], t.k.shape[2]
     visible = torch.ones(t.q.shape[0], 1, sq, sk, dtype=torch.bool)
     if problem.causal:
         visible &= torch.ones(sq, sk, dtype=torch.bool).tril(sk - sq)
     if t.mask is not None:
-        visible &= t.mask[:, None, None, :]
+        visible = visible & (t.mask[:, None, None, :] if problem.mask else repeated(t.mask, t.q.shape[0]))
     return visible

@@ -143,7 +143,8 @@ def spec_of(
         groups=groups,
         l2norm=l2norm,
         causal=causal,
-        mask=mask is not None,
+        mask=mask is not None and mask.ndim == 2,
+        pair_mask=mask is not None and mask.ndim == 4,
         bias=None if bias is None else DTYPES[bias.dtype],
         softmax=softmax or softmax_mode(dtype, bound),
         deterministic=deterministic,
@@ -260,6 +261,10 @@ def _problem(tensors: Mapping[str, Tensor], scale: float | Tensor) -> bytes:
             if f"{name}_{letter}" in abi.INTEGERS and name != "mask":
                 values[f"{name}_{letter}"] = tensor.stride(axis) if tensor.shape[axis] > 1 or name[-4:] != "bias" else 0
     if "mask" in tensors:
-        values |= {"mask_b": tensors["mask"].stride(0), "mask_s": tensors["mask"].stride(1)}
+        axes = "bs" if tensors["mask"].ndim == 2 else "bhqs"
+        values |= {f"mask_{axis}": stride for axis, stride in zip(axes, tensors["mask"].stride(), strict=True)}
+        values["mask_batches"] = tensors["mask"].shape[0]
+    if "bias" in tensors:
+        values["bias_batches"] = tensors["bias"].shape[0]
     integers = [values.get(name, 0) for name in abi.INTEGERS]
     return struct.pack(abi.PROBLEM_FORMAT, *integers, 0.0 if isinstance(scale, Tensor) else float(scale))
