@@ -46,7 +46,6 @@ class KernelSpec:
     """A mask over keys, (B, Sk)."""
     pair_mask: bool = False
     """A mask over queries and keys, (W, Hq|1, Sq|1, Sk); never beside ``mask``."""
-    """A boolean key mask is given."""
     bias: DType | None = None
     """Type of the additive bias, None without one."""
     softmax: Softmax = "bounded"
