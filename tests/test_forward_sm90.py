@@ -126,7 +126,10 @@ PROBLEMS = [
     Problem(d=128, sq=200, sk=1000, dtype="float16"),
     Problem(d=128, sq=65, softmax="online", scale=60.0, strided=True),
     Problem(d=128, sq=100, bias="float32", bias_shape="qk", causal=True),
+    Problem(d=136, dv=200, sq=100, sk=130),
+    Problem(d=160, sq=70, causal=True, l2norm=False),
     Problem(d=192, dv=64, sq=333, causal=True, batch=1),
+    Problem(d=216, sq=65, sk=140, mask=True, dtype="float16"),
     Problem(d=256, sq=300, batch=1, causal=True),
     Problem(d=256, sq=100, batch=1, bias="float16"),
 ]
