@@ -235,7 +235,8 @@ class Plan:
             bias=None if bias is None else DTYPE_NAMES[bias.dtype],
             softmax=softmax,
         )
-        self._spec = families.sized(spec, sizes.q_len)
+        group, heads = sizes.q_heads // sizes.kv_heads, sizes.batch * sizes.kv_heads
+        self._spec = families.sized(spec, sizes.q_len, sizes.k_len, group, heads)
         self._kernel = load(self._spec)
         if self.ready:
             out_shape, out_strides = self._out or (q.shape, q.stride())

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from cosattn import tiles, tiles_sm90_backward, tiles_sm90_forward
+from cosattn import tiles, tiles_sm90_backward, tiles_sm90_forward, tiles_split
 from cosattn.arch import ARCHS
 from cosattn.families import family_of
 from cosattn.spec import KernelSpec
@@ -83,6 +83,7 @@ def _headers_of(source: str, variables: Mapping[str, Any]) -> dict[str, str]:
 _CUTS = {
     ("sm80", "forward"): tiles.cuts,
     ("sm80", "backward"): tiles.cuts,
+    ("split", "forward"): tiles_split.cuts,
     ("sm90", "forward"): tiles_sm90_forward.cuts,
     ("sm90", "backward"): tiles_sm90_backward.cuts,
 }

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cosattn import tiles_split
 from cosattn.arch import ARCHS
 from cosattn.families import short_rows
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
@@ -50,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SOFTMAX_MODES,
         help="default: bounded, and online with a bias",
     )
+    group.add_argument(
+        "--split",
+        nargs="+",
+        type=int,
+        choices=[0, *tiles_split.ROWS],
+        default=[0],
+        metavar="ROWS",
+        help="rows of a tile where the keys of few queries are split, as in a kernel's name; default: 0, not split",
+    )
     for name, meaning in _SWITCHES.items():
         group.add_argument(
             f"--{name}",
@@ -82,6 +92,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         options.softmax or [None],
         options.direction,
         _SWITCH[options.short],
+        options.split,
         _SWITCH[options.deterministic],
         _SWITCH[options.bias_grad],
     )
@@ -99,6 +110,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         softmax,
         direction,
         short,
+        split,
         repeatable,
         bias_grad,
     ) in axes:
@@ -119,7 +131,10 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
             deterministic=repeatable and backward,
             bias_grad=bias_grad and backward and bias is not None,
         )
-        chosen[replace(spec, short=short and short_rows(spec) > 0)] = None
+        if split and tiles_split.serves(spec):
+            chosen[replace(spec, split=split)] = None
+        else:
+            chosen[replace(spec, short=short and short_rows(spec) > 0)] = None
     return list(chosen)
 
 
@@ -139,6 +154,8 @@ def command_for(spec: KernelSpec) -> str:
     if spec.bias is not None:
         words.append(f"--bias {spec.bias}")
     words.append(f"--softmax {spec.softmax}")
+    if spec.split:
+        words.append(f"--split {spec.split}")
     for name in _SWITCHES:
         value = "yes" if getattr(spec, name.replace("-", "_")) else "no"
         if value != _DEFAULTS[name]:

@@ -25,8 +25,8 @@ _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 class KernelSpec:
     """One specialised kernel.
 
-    The backward spec of a forward call differs only in ``direction``, ``short``, ``deterministic`` and ``bias_grad``
-    (the last two are False on every forward spec).
+    The backward spec of a forward call differs only in ``direction``, ``short``, ``split``, ``deterministic`` and
+    ``bias_grad`` (the last two are False on every forward spec).
     """
 
     direction: Direction
@@ -51,6 +51,8 @@ class KernelSpec:
     softmax: Softmax = "bounded"
     short: bool = False
     """Few queries, where that changes the kernel: ``families.sized``."""
+    split: int = 0
+    """Forward only: rows of a tile where the keys are split over blocks, 0 elsewhere: ``families.sized``."""
     deterministic: bool = False
     """Backward only: bitwise repeatable gradients."""
     bias_grad: bool = False
@@ -78,6 +80,8 @@ class KernelSpec:
             parts.append("online")
         if self.short:
             parts.append("short")
+        if self.split:
+            parts.append(f"split{self.split}")
         if self.deterministic:
             parts.append("deterministic")
         return "_".join(parts)

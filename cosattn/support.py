@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cosattn import tiles_split
 from cosattn.arch import ARCHS
 from cosattn.spec import DTYPES, HEAD_DIMS, KernelSpec
 
@@ -25,6 +26,13 @@ def reasons(spec: KernelSpec) -> list[str]:
         found.append(f"groups {spec.groups} does not divide head dim {spec.head_dim}")
     if spec.direction == "forward" and (spec.deterministic or spec.bias_grad):
         found.append("deterministic and bias_grad belong to backward kernels only")
+    if spec.split and not tiles_split.serves(spec):
+        found.append(
+            "only forward calls of 16-bit types, without groups, biases and masks over pairs, split their keys, in "
+            "tiles of up to 128 rows, 64 above head dim 128"
+        )
+    if spec.split not in (0, *tiles_split.ROWS):
+        found.append(f"tiles of split keys have {', '.join(map(str, tiles_split.ROWS))} rows, not {spec.split}")
     if spec.mask and spec.pair_mask:
         found.append("a mask is over keys or over pairs of queries and keys, not both")
     if spec.bias_grad and spec.bias is None:

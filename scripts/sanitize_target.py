@@ -42,6 +42,8 @@ class Target:
     groups: int = 1
     causal: bool = False
     mask: bool = False
+    windows: int = 0
+    """A mask over queries and keys for each of so many windows, which divide the batch."""
     bias: bool = False
     tensor_scale: bool = False
     l2norm: bool = True
@@ -74,6 +76,10 @@ TARGETS = (
     Target(batch=4, heads=40, kv_heads=40, q_len=300, k_len=300, causal=True),  # several tiles a multiprocessor
     Target(batch=3, heads=60, kv_heads=60, q_len=200, k_len=100, head_dim=128, value_dim=128),
     Target(batch=1, heads=80, kv_heads=80, q_len=250, k_len=250, head_dim=256, value_dim=256, causal=True),
+    Target(windows=2, bias=True, head_dim=32, value_dim=32, q_len=49, k_len=49, batch=4),
+    Target(windows=2, dtype="float32", causal=True, deterministic=True),
+    Target(q_len=1, k_len=2001, heads=8, kv_heads=2),  # keys split over blocks
+    Target(q_len=50, k_len=5000, head_dim=128, value_dim=128, causal=True, mask=True),
 )
 
 
@@ -96,6 +102,8 @@ def run(target: Target, device: torch.device) -> float:
     if t.tensor_scale:
         leaves["scale"] = (torch.arange(t.heads, dtype=torch.float32) + 1).to(device)
     mask = (torch.rand(t.batch, t.k_len) < 0.7).to(device) if t.mask else None
+    if t.windows:
+        mask = (torch.rand(1, t.windows, 1, t.q_len, t.k_len) < 0.7).to(device)
     options = {"causal": t.causal, "groups": t.groups, "l2norm_qk": t.l2norm, "mask": mask}
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cosattn.reference import cosine_attention_reference, l2norm, repeated
 from cosattn.spec import softmax_mode
+from cosattn.tiles_split import MINIMUM_KEYS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -165,7 +166,10 @@ def problems(draw: st.DrawFn, spec: Spec, *, largest: int = 129, forms: tuple[st
         st.sampled_from([edge for edge in EDGES if edge <= largest]), st.integers(min_value=1, max_value=largest)
     )
     q_len = draw(lengths)
-    k_len = draw(st.one_of(st.just(q_len), lengths))
+    k_lengths = [st.just(q_len), lengths]
+    if largest > MINIMUM_KEYS:  # where the keys of few queries begin to be split
+        k_lengths.append(st.integers(MINIMUM_KEYS - 1, largest))
+    k_len = draw(st.one_of(k_lengths))
     form = draw(st.sampled_from(forms))
     budget = 300_000 if largest <= 129 else 8_000_000
     batch = draw(st.integers(1, max(1, min(4, budget // (q_len * k_len)))))

@@ -64,6 +64,7 @@ def test_every_field_is_in_the_name() -> None:
         "bias": "float16",
         "softmax": "online",
         "short": True,
+        "split": 16,
         "deterministic": True,
         "bias_grad": True,
     }

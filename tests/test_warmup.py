@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fake_kernels
@@ -17,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosattn import build, cache, selection, toolchain, warmup
+from cosattn import build, cache, selection, tiles_split, toolchain, warmup
 from cosattn.arch import ARCHS
 from cosattn.errors import ToolchainError
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
@@ -61,7 +62,7 @@ def kernel_specs(draw: st.DrawFn) -> KernelSpec:
     backward = direction == "backward"
     bias = draw(st.none() | st.sampled_from(DTYPES))
     l2norm = draw(st.booleans())
-    return KernelSpec(
+    spec = KernelSpec(
         direction=direction,
         arch=draw(st.sampled_from(sorted(ARCHS))),
         dtype=draw(st.sampled_from(DTYPES)),
@@ -71,11 +72,14 @@ def kernel_specs(draw: st.DrawFn) -> KernelSpec:
         l2norm=l2norm,
         causal=draw(st.booleans()),
         mask=draw(st.booleans()),
+        pair_mask=draw(st.booleans()),
         bias=bias,
         softmax=draw(st.sampled_from(SOFTMAX_MODES)),
         deterministic=backward and draw(st.booleans()),
         bias_grad=backward and bias is not None and draw(st.booleans()),
     )
+    splits = [rows for rows in tiles_split.ROWS if tiles_split.serves(replace(spec, split=rows))]
+    return replace(spec, split=draw(st.sampled_from([0, *splits])))
 
 
 @given(kernel_specs())
