@@ -35,6 +35,14 @@ CASES: dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]] = {
         (leaf(2, 4, 5, 16), leaf(2, 2, 7, 16), leaf(2, 2, 7, 8)),
         {"attn_bias": leaf(4, 5, 7), "scale": torch.rand(4, 1, 1).requires_grad_(), "deterministic": True},
     ),
+    "windows of two images": (
+        (leaf(4, 2, 5, 16), leaf(4, 2, 5, 16), leaf(4, 2, 5, 8)),
+        {"mask": torch.rand(1, 2, 1, 5, 5) < 0.8, "attn_bias": leaf(2, 5, 5)},
+    ),
+    "a bias of keys": (
+        (leaf(2, 4, 5, 16), leaf(2, 4, 7, 16), leaf(2, 4, 7, 8)),
+        {"mask": torch.rand(2, 1, 1, 7) < 0.8, "attn_bias": leaf(2, 1, 1, 7)},
+    ),
     "lse": ((leaf(2, 4, 5, 16), leaf(2, 4, 7, 16), leaf(2, 4, 7, 8)), {"return_lse": True, "scale": 60}),
 }
 

@@ -43,10 +43,12 @@ def samples() -> list[tuple[Any, ...]]:
         (*stored, mask[:1].expand(2, 7), bias, scale, *OPTIONS),
         (*half, None, bias.detach(), scale, *OPTIONS),
         (plain[0], *empty[1:], None, None, None, *OPTIONS),
+        (*stored, torch.rand(2, 4, 5, 7) < 0.8, bias, scale, *OPTIONS),
+        (*plain, (torch.rand(1, 1, 5, 7) < 0.8).expand(1, 4, 5, 7), None, None, *OPTIONS),
     ]
 
 
-@pytest.mark.parametrize("sample", range(5))
+@pytest.mark.parametrize("sample", range(7))
 def test_opcheck_of_forward(sample: int) -> None:
     torch.library.opcheck(ops.attention_forward, samples()[sample])
 
@@ -61,7 +63,7 @@ def backward_arguments(sample: int) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("sample", range(5))
+@pytest.mark.parametrize("sample", range(7))
 def test_opcheck_of_backward(sample: int) -> None:
     arguments = backward_arguments(sample)
     torch.library.opcheck(ops.attention_backward, arguments)
@@ -183,7 +185,7 @@ class TestOverKernels:
             yield found
 
     @pytest.mark.parametrize("served", [True, False])
-    @pytest.mark.parametrize("sample", range(5))
+    @pytest.mark.parametrize("sample", range(7))
     @pytest.mark.filterwarnings("ignore:cosattn uses")
     def test_both_devices_give_the_same(self, sample: int, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not served:

@@ -544,6 +544,11 @@ def test_the_fallback_is_never_silent(
         (((6, 5, 16), (6, 7, 16), (6, 7, 8)), {"attn_bias": leaf(6, 5, 7), "mask": torch.rand(1, 7) < 0.6}),
         (((2, 4, 5, 16), (2, 2, 7, 16), (2, 2, 7, 8)), {"attn_bias": leaf(2, 5, 7), "attn_bias_batch_dim": True}),
         (((2, 4, 5, 16), (2, 4, 7, 16), (2, 4, 7, 8)), {"scale": torch.rand(4, 1, 1).requires_grad_(), "causal": True}),
+        (
+            ((4, 2, 5, 16), (4, 2, 7, 16), (4, 2, 7, 8)),
+            {"mask": torch.rand(1, 2, 1, 5, 7) < 0.6, "attn_bias": leaf(1, 2, 2, 5, 1)},
+        ),
+        (((4, 2, 5, 16), (4, 2, 7, 16), (4, 2, 7, 8)), {"mask": torch.rand(1, 2, 5, 1) < 0.6, "causal": True}),
     ],
 )
 @pytest.mark.parametrize("with_lse", [False, True])
