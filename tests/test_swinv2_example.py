@@ -96,6 +96,16 @@ def test_a_copy_of_a_replaced_model_uses_its_own_parameters(example: ModuleType)
     assert model(x).any()
 
 
+def test_torch_compile_takes_a_replaced_attention_as_one_graph(example: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = WindowAttention(24, side=3, heads=3)
+    example.replace_attention(model)
+    x, mask = torch.randn(8, 9, 24), shifted_mask(4, 9)
+    expected = model(x, mask=mask)
+    model.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(model(x, mask=mask), expected)
+
+
 def test_dropout_of_weights_is_refused(example: ModuleType) -> None:
     model = WindowAttention(24, side=3, heads=3)
     model.attn_drop.p = 0.1
