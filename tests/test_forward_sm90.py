@@ -120,6 +120,7 @@ PROBLEMS = [
     Problem(d=64, mask=True, causal=True, softmax="online"),
     Problem(d=64, l2norm=False, sq=100, causal=True),
     Problem(d=64, sq=129, bias="bfloat16", mask=True),
+    Problem(d=64, sq=100, bias="bfloat16", bias_shape="bhqk", bias_period=2, batch=4),
     Problem(d=72, dv=136, sq=200),
     Problem(d=96, sq=140, sk=150, causal=True, mask=True, groups=2),
     Problem(d=128, sq=300, heads=4, kv_heads=2, causal=True),
