@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from cosattn import host
 from cosattn.errors import UnsupportedError
 from cosattn.plan import Gradients, Plan
 
@@ -47,10 +48,7 @@ class Attention(torch.autograd.Function):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         _, _, _, _, _, bias_grad, scale_grad = ctx.needs_input_grad
-        gradients: Callable[..., Gradients] = plan.backward
-        if torch.is_grad_enabled():  # create_graph=True: the gradients must refuse to be differentiated again
-            gradients = partial(_differentiable_gradients, plan)
-        dq, dk, dv, dbias, dscale = gradients(
+        dq, dk, dv, dbias, dscale = _gradients(plan)(
             q, k, v, mask, bias, scale, out, lse, dout, dlse, deterministic, bias_grad, scale_grad
         )
         if dscale is not None and scale is not None:
@@ -75,3 +73,22 @@ class AttentionGradients(torch.autograd.Function):
 
 
 _differentiable_gradients: Callable[..., Any] = AttentionGradients.apply
+
+
+def _gradients(plan: Plan) -> Callable[..., Gradients]:
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must refuse to be differentiated again
+        return partial(_differentiable_gradients, plan)
+    return plan.backward
+
+
+def gradients_for_host(offer: bool, plan: Plan, *arguments: Any) -> Gradients | None:
+    """The backward pass of a call that the host extension served, for which it has no plan.
+
+    With ``offer`` it is given one where there can be one, and None says that it should look again.
+    """
+    if offer and not torch.is_grad_enabled():
+        q, k, v, mask, bias, _, out, _, dout, _, deterministic, bias_grad, _ = arguments
+        dout = torch.zeros_like(out) if dout is None else dout
+        if host.offer_backward(plan, q, k, v, mask, bias, out, dout, deterministic, bias_grad):
+            return None
+    return _gradients(plan)(*arguments)

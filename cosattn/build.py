@@ -11,7 +11,7 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -73,14 +73,14 @@ def _look_up(spec: KernelSpec) -> tuple[cache.Key, Rendered | None, Path | None]
             f"no kernel for GPU architecture {spec.arch!r}: cosattn knows {', '.join(ARCHS)}.\n"
             "Way out: set COSATTN_FALLBACK=1 to use scaled_dot_product_attention on normalised inputs (slower)"
         )
-    cuda_major = _torch_cuda_major()
-    digest = cache.indexed(spec.name, spec.arch, cuda_major, _fingerprint())
+    runtime = _runtime()
+    digest = cache.indexed(spec.name, spec.arch, runtime, _fingerprint())
     rendered = None
     if digest is None:
         rendered = _render(spec)
         digest = _digest(rendered, arch)
     key = cache.Key(spec.arch, spec.name, digest)
-    found = cache.find(key, cuda_major)
+    found = cache.find(key, runtime)
     if found is not None and rendered is not None:
         cache.index(found.parent.parent, key, _fingerprint())
     return key, rendered, found
@@ -101,7 +101,15 @@ def nvcc_flags(arch: Arch) -> list[str]:
 
 def _build(key: cache.Key, rendered: Rendered, arch: Arch) -> Path:
     tools = toolchain.find(arch, torch.version.cuda)
-    place = cache.writable_folder(tools.cuda_version[0], arch.name)
+    place = cache.writable_folder(cache.cuda_runtime(tools.cuda_version[0]), arch.name)
+    return once(place, key, lambda private: _compile(key, rendered, arch, tools, private))
+
+
+def once(place: Path, key: cache.Key, compile_in: Callable[[Path], Path]) -> Path:
+    """The entry of ``key`` in ``place``: that of the process this one had to wait for, else the one that is made now.
+
+    ``compile_in`` is given a private folder, and publishes it.
+    """
     with cache.lock(place, key.entry) as lock:
         entry = place / key.entry
         if entry.exists():
@@ -114,7 +122,7 @@ def _build(key: cache.Key, rendered: Rendered, arch: Arch) -> Path:
             raise BuildError(failure)
         try:
             with cache.private_folder(place, key.entry) as private:
-                return _compile(key, rendered, arch, tools, private)
+                return compile_in(private)
         except BuildError as error:
             _failures[key] = str(error)
             lock.record(failure=str(error), failed_at=time.time())
@@ -136,14 +144,12 @@ def _compile(key: cache.Key, rendered: Rendered, arch: Arch, tools: toolchain.To
     try:
         library = _load(source, arch, tools, private)
     except (RuntimeError, OSError) as error:
-        _explain(error, key, private, tools)
+        explain(error, key, private, tools.identity)
     seconds = time.perf_counter() - began
     log.write_text(f"{tools.identity}\n{seconds:.2f} s\n\n{(private / 'build.ninja').read_text()}")
     library.rename(private / cache.LIBRARY)
     kept = {cache.LIBRARY, cache.SOURCE, cache.LOG, *(Path(name).parts[0] for name in rendered.headers)}
-    for path in private.iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    tidy(private, kept)
     facts: dict[str, object] = {
         "compiler": tools.identity,
         "cuda": tools.cuda_release,
@@ -156,9 +162,16 @@ def _compile(key: cache.Key, rendered: Rendered, arch: Arch, tools: toolchain.To
     return published
 
 
+def tidy(private: Path, kept: set[str]) -> None:
+    """Remove what a build left beside what is kept."""
+    for path in private.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _load(source: Path, arch: Arch, tools: toolchain.Toolchain, private: Path) -> Path:
     """Compile and link through ``torch.utils.cpp_extension.load``; the library's path."""
-    with _quiet("torch.utils.cpp_extension"):
+    with quiet("torch.utils.cpp_extension"):
         from torch.utils import cpp_extension
     link = private / "link"
     link.mkdir()
@@ -178,7 +191,7 @@ def _load(source: Path, arch: Arch, tools: toolchain.Toolchain, private: Path) -
     known = cpp_extension.CUDA_HOME
     cpp_extension.CUDA_HOME = str(tools.cuda_home)
     try:
-        with _environment(changes):
+        with environment(changes):
             cpp_extension.load(
                 f"cosattn_{name}",
                 [str(source)],
@@ -198,14 +211,14 @@ def _load(source: Path, arch: Arch, tools: toolchain.Toolchain, private: Path) -
     return private / f"cosattn_{name}.so"
 
 
-def _explain(error: Exception, key: cache.Key, private: Path, tools: toolchain.Toolchain) -> None:
-    """Raise the BuildError, or the OSError of a full disk, that a failed ``_load`` means."""
+def explain(error: Exception, key: cache.Key, private: Path, identity: str) -> None:
+    """Raise the BuildError, or the OSError of a full disk, that a failed ``cpp_extension.load`` means."""
     words = str(error)
     free = shutil.disk_usage(private).free
     if "No space left on device" in words or free < 1 << 16 or getattr(error, "errno", None) == errno.ENOSPC:
         raise OSError(errno.ENOSPC, "No space left on device", str(private.parent)) from error
     with suppress(OSError):
-        (private / cache.LOG).write_text(f"{tools.identity}\n\n{words}\n")
+        (private / cache.LOG).write_text(f"{identity}\n\n{words}\n")
     log = cache.keep_failure(private, key)
     hints = [f"  - {hint}" for pattern, hint in _HINTS if re.search(pattern, words)]
     advice = ["Ways out:", *hints] if hints else []
@@ -228,8 +241,8 @@ def _refuse_if_not_allowed(spec: KernelSpec) -> None:
     )
 
 
-def _torch_cuda_major() -> int | None:
-    return None if torch.version.cuda is None else int(torch.version.cuda.partition(".")[0])
+def _runtime() -> str | None:
+    return None if torch.version.cuda is None else cache.cuda_runtime(int(torch.version.cuda.partition(".")[0]))
 
 
 def _render(spec: KernelSpec) -> Rendered:
@@ -267,7 +280,8 @@ def _fingerprint() -> str:
 
 
 @contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """These variables of the process, for as long as it takes."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -281,7 +295,7 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """Only errors of one logger: importing cpp_extension warns on every machine without a GPU."""
     noisy = logging.getLogger(name)
     before = noisy.level

@@ -4,6 +4,7 @@ Layout under the root::
 
     v<version>/cu<major>-<machine>/<arch>/<spec name>-<digest>/   kernel.so kernel.cu include/ build.log manifest.json
                                           .index/  .locks/  .failed/  .build-*  .broken-*
+    v<version>/torch<version>-<python>/host/host-<digest>/       the host extension, likewise
 
 An entry is complete or absent: it is made in a private ``.build-*`` folder and appears by one rename. It is loaded
 only when size and SHA-256 of ``kernel.so`` are those of its manifest. ``docs/decisions.md``, "Cache key", says what
@@ -82,31 +83,33 @@ def levels() -> list[Path]:
     return [root for root in roots if root is not None and _is_folder(root)]
 
 
-def folder(root: Path, cuda_major: int, arch: str) -> Path:
-    """Where the entries of one CUDA runtime, machine type and GPU architecture live.
-
-    torch's version is not in the path: of torch a kernel shares only ``libcudart.so.<major>``, and no symbol.
-    """
-    return root / f"v{__version__}" / f"cu{cuda_major}-{platform.machine()}" / arch
+def cuda_runtime(major: int) -> str:
+    """What a kernel shares with the process: ``libcudart.so.<major>`` of this machine type, and no symbol of torch."""
+    return f"cu{major}-{platform.machine()}"
 
 
-def folders(root: Path, cuda_major: int | None, arch: str) -> list[Path]:
+def folder(root: Path, runtime: str, arch: str) -> Path:
+    """Where the entries of one runtime and GPU architecture live."""
+    return root / f"v{__version__}" / runtime / arch
+
+
+def folders(root: Path, runtime: str | None, arch: str) -> list[Path]:
     """The folders a lookup reads: one, or every CUDA major, newest first, when torch brings no CUDA runtime (None)."""
-    if cuda_major is not None:
-        return [folder(root, cuda_major, arch)]
+    if runtime is not None:
+        return [folder(root, runtime, arch)]
     tags = (root / f"v{__version__}").glob(f"cu*-{platform.machine()}")
     majors = sorted((int(tag.name[2:].partition("-")[0]) for tag in tags), reverse=True)
-    return [folder(root, major, arch) for major in majors]
+    return [folder(root, cuda_runtime(major), arch) for major in majors]
 
 
-def find(key: Key, cuda_major: int | None) -> Path | None:
+def find(key: Key, runtime: str | None) -> Path | None:
     """The verified ``kernel.so`` of a key, None on a miss. A broken entry is a miss (``broken`` tells).
 
     Raises CacheError when a root can be written by others.
     """
     for root in levels():
         refuse_shared(root)
-        for place in folders(root, cuda_major, key.arch):
+        for place in folders(root, runtime, key.arch):
             entry = place / key.entry
             if entry.is_dir() and broken(entry) is None:
                 return entry / LIBRARY
@@ -146,7 +149,7 @@ def refuse_shared(path: Path) -> None:
         )
 
 
-def writable_folder(cuda_major: int, arch: str) -> Path:
+def writable_folder(runtime: str, arch: str) -> Path:
     """The folder new entries go to, made with mode 0700; in a temporary root when the configured one is read-only.
 
     Raises CacheError when the root can be written by others, is no directory, or the disk is full.
@@ -155,7 +158,7 @@ def writable_folder(cuda_major: int, arch: str) -> Path:
     if root is not None:
         refuse_shared(root)
         try:
-            return _prepare(folder(root, cuda_major, arch))
+            return _prepare(folder(root, runtime, arch))
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise failed(root, error) from error
@@ -168,7 +171,7 @@ def writable_folder(cuda_major: int, arch: str) -> Path:
             "set COSATTN_CACHE_DIR to a writable directory.",
             reason,
         )
-    return _prepare(folder(_temporary_root(), cuda_major, arch))
+    return _prepare(folder(_temporary_root(), runtime, arch))
 
 
 def failed(path: Path, error: OSError) -> CacheError:
@@ -317,10 +320,10 @@ def keep_failure(private: Path, key: Key) -> Path:
     return kept / LOG
 
 
-def indexed(spec_name: str, arch: str, cuda_major: int | None, fingerprint: str) -> str | None:
+def indexed(spec_name: str, arch: str, runtime: str | None, fingerprint: str) -> str | None:
     """The digest that this very code once computed for a spec, so that a warm process need not render it."""
     for root in levels():
-        for place in folders(root, cuda_major, arch):
+        for place in folders(root, runtime, arch):
             with suppress(OSError):
                 return (place / ".index" / f"{spec_name}-{fingerprint}").read_text()
     return None

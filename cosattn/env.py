@@ -10,6 +10,7 @@ VARIABLES: dict[str, str] = {
     "COSATTN_CACHE_DIR": "Where built kernels are kept. Default: $XDG_CACHE_HOME/cosattn, else ~/.cache/cosattn.",
     "COSATTN_PREBUILT_DIR": "A folder written by `python -m cosattn.warmup --output`: searched first, never written.",
     "COSATTN_COMMIT": "Commit that benchmark results name where git can not tell it.",
+    "COSATTN_DISABLE_EXTENSION": "1: do without the host extension; every call takes the Python path.",
     "COSATTN_DISABLE_JIT": "1: never compile; a kernel that is not built is an error naming the warmup command.",
     "COSATTN_FALLBACK": "1: where no kernel can serve a call, normalise and use scaled_dot_product_attention.",
     "COSATTN_JOBS": "Kernels that `python -m cosattn.warmup` compiles at once. Default: from cores and free memory.",

@@ -1,21 +1,22 @@
 """The public function: checks its arguments and takes the shortest way to the work.
 
-Plain CUDA tensors in eager mode go straight to the kernels (``plan.py``, ``autograd.py``). Everything else, which is
-CPU tensors, torch.compile, fake and meta tensors, tensor subclasses and dispatch modes, goes through the registered
-operators (``ops.py``). Both ways run the same code.
+Plain CUDA tensors in eager mode go straight to the kernels: in C++ where the host extension (``host.py``) is there and
+knows such a call, else through ``plan.py`` and ``autograd.py``, which check, plan and launch in Python. All else, which
+is CPU tensors, torch.compile, fake and meta tensors, tensor subclasses and dispatch modes, goes through the registered
+operators (``ops.py``). All ways run the same kernels.
 """
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cosattn import arguments, fallback, flops
+from cosattn import arguments, fallback, flops, host
 from cosattn.arguments import Sizes, bias_with_four_dimensions, canonical_mask, scale_per_head, with_heads
-from cosattn.autograd import attention
+from cosattn.autograd import attention, gradients_for_host
 from cosattn.errors import UnsupportedError
 from cosattn.ops import attention_forward
 from cosattn.plan import ALIGNMENT, MISSING, Plan, made_ready, metadata, plans, realigned, remember
@@ -125,8 +126,29 @@ def cosine_attention(
         MissingKernelError, BuildError, ToolchainError, CacheError: the kernel can not be built.
         LaunchError: CUDA refused the launch.
     """
+    compiling = torch.compiler.is_dynamo_compiling()
+    attend = host.attend
+    if attend is not None and not compiling and forward_ad._current_level < 0:
+        found: Tensor | tuple[Tensor, Tensor] | None = attend(
+            q,
+            k,
+            v,
+            mask,
+            attn_bias,
+            scale,
+            groups,
+            causal,
+            attn_bias_batch_dim,
+            l2norm_qk,
+            scale_max,
+            bias_bound,
+            return_lse,
+            deterministic,
+        )
+        if found is not None:
+            return found
     if (
-        torch.compiler.is_dynamo_compiling()
+        compiling
         or type(q) not in _PLAIN
         or type(k) not in _PLAIN
         or type(v) not in _PLAIN
@@ -141,7 +163,7 @@ def cosine_attention(
     ):
         run = _through_operators
     else:
-        run = _direct
+        run = _planned
     return run(
         q,
         k,
@@ -160,7 +182,13 @@ def cosine_attention(
     )
 
 
-def _direct(
+def _direct(*inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """A call on plain CUDA tensors: by the host extension, else in Python."""
+    found = None if host.attend is None else host.attend(*inputs)
+    return _planned(*inputs) if found is None else found
+
+
+def _planned(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -176,9 +204,11 @@ def _direct(
     return_lse: bool,
     deterministic: bool | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled("cuda"):
-        q, k, v = _autocast(q, k, v)
     options = (groups, causal, attn_bias_batch_dim, l2norm_qk, scale_max, bias_bound, deterministic)
+    if torch.is_autocast_enabled("cuda"):
+        cast = _autocast(q, k, v)
+        if any(one is not other for one, other in zip(cast, (q, k, v), strict=True)):
+            return _direct(*cast, mask, attn_bias, scale, *options[:6], return_lse, deterministic)
     try:
         key = metadata(q, k, v, mask, attn_bias, scale, options)
         plan = plans.get(key, MISSING)
@@ -187,11 +217,18 @@ def _direct(
         raise
     if plan is MISSING:
         plan = remember(key, _plan, q, k, v, mask, attn_bias, scale, options)
+        host.begin(gradients_for_host)
     if plan is None:
         return _by_fallback(q, k, v, mask, attn_bias, scale, options, return_lse)
     if not plan.ready or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:
         q, k, v, attn_bias, scale = _made_ready(q, k, v, attn_bias, scale)
         return _direct(q, k, v, mask, attn_bias, scale, *options[:6], return_lse, deterministic)
+    if host.attend is not None and not plan.host:
+        inputs = (q, k, v, mask, attn_bias, scale, *options[:6], return_lse, deterministic)
+        host.offer(plan, *inputs)
+        found: Tensor | tuple[Tensor, Tensor] | None = host.attend(*inputs)
+        if found is not None:
+            return found
     scale_tensor = scale if isinstance(scale, Tensor) else None
     if torch.is_grad_enabled() and (
         q.requires_grad

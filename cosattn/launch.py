@@ -28,9 +28,10 @@ class Kernel:
 
     ``launch(pointers, problem, stream)`` is the bare entry point, which returns a ``cudaError_t``; calling the object
     does the same and raises. ctypes lets other Python threads run during the call, as PyTorch's own operators do.
+    ``address`` is that of the entry point, for callers in C++.
     """
 
-    __slots__ = ("_error_string", "_library", "_workspace_bytes", "launch", "path", "spec")
+    __slots__ = ("_error_string", "_library", "_workspace_bytes", "address", "launch", "path", "spec")
 
     def __init__(self, spec: KernelSpec, path: Path) -> None:
         """Load ``path``. Raises LaunchError when it is not a cosattn kernel of this version built for ``spec``."""
@@ -66,6 +67,7 @@ class Kernel:
         self._workspace_bytes = workspace_bytes
         self._error_string = error_string
         self.launch = launch
+        self.address = ctypes.cast(launch, ctypes.c_void_p).value or 0
 
     def workspace_bytes(self, problem: bytes) -> int:
         """Bytes of device memory a launch of ``problem`` needs, possibly 0."""

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from cosattn import abi, fallback, families, launch
+from cosattn import abi, fallback, families, host, launch
 from cosattn.arch import arch_of
 from cosattn.arguments import Sizes, canonical_mask, with_heads
 from cosattn.errors import ToolchainError, UnsupportedError
@@ -148,7 +148,7 @@ def load(spec: KernelSpec) -> launch.Kernel:
     return launch.kernel(spec)
 
 
-class _Backward(NamedTuple):
+class Backward(NamedTuple):
     """What a backward call needs, for one set of strides."""
 
     kernel: launch.Kernel | None
@@ -172,6 +172,7 @@ class Plan:
     __slots__ = (
         "_backwards",
         "_bias",
+        "_dense_out",
         "_device",
         "_kernel",
         "_lse",
@@ -182,6 +183,7 @@ class Plan:
         "_sizes",
         "_spec",
         "_workspace",
+        "host",
         "ready",
     )
 
@@ -207,10 +209,12 @@ class Plan:
         self._out = _allocation(q.shape, q.stride(), sizes.value_dim)
         self._scale = 0.0 if isinstance(scale, Tensor) else float(scale)
         self._bias = None if bias is None else _bias_shape(bias, bias_batch_dim)
-        self._backwards: dict[Hashable, _Backward] = {}
+        self._backwards: dict[Hashable, Backward] = {}
         self._kernel: launch.Kernel | None = None
         self._problem = b""
         self._workspace = 0
+        self.host = 0
+        """Its name in the host extension; 0: not there."""
         self.ready = not isinstance(scale, Tensor) or scale_is_ready(scale, sizes.q_heads)
         self._spec: KernelSpec | None = None
         if sizes.empty:
@@ -242,12 +246,47 @@ class Plan:
             out_shape, out_strides = self._out or (q.shape, q.stride())
             fields = self._input_fields(q, k, v, mask, bias)
             fields["out"] = bhs_strides(out_shape, out_strides)
+            self._dense_out = tuple(out_shape), tuple(out_strides)
             self._problem = self._pack(fields)
             with torch.cuda.device(self._device):
                 self._workspace = self._kernel.workspace_bytes(self._problem)
             # Shape and type without memory: torch.empty_like reads its arguments faster than new_empty.
             self._lse = q.new_empty(self._lse_shape, dtype=torch.float32)
             self._lse.untyped_storage().resize_(0)
+
+    def for_host(self) -> dict[str, Any] | None:
+        """What the host extension needs to serve calls of this plan; None where it can not."""
+        if self._kernel is None or not self.ready:
+            return None
+        sizes = self._sizes
+        return {
+            "call": (self._kernel, self._kernel.address, self._problem, self._workspace),
+            "out": self._dense_out,
+            "lse": self._lse_shape,
+            "rows": (sizes.batch, sizes.q_heads, sizes.q_len),
+        }
+
+    def backward_for_host(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor,
+        dout: Tensor,
+        deterministic: bool,
+        bias_grad: bool,
+    ) -> tuple[Any, ...] | None:
+        """What the host extension needs to serve backward passes on tensors like these; None where it can not."""
+        plan = self.backward_plan(q, k, v, mask, bias, out, dout, deterministic, bias_grad)
+        if plan.kernel is None or not plan.aligned:
+            return None
+        layouts = zip((plan.dq, plan.dk, plan.dv), (q, k, v), strict=True)
+        return (
+            (plan.kernel, plan.kernel.address, plan.problem, plan.workspace),
+            *(layout or (tuple(x.shape), dense_strides(x.shape, x.stride())) for layout, x in layouts),
+        )
 
     def forward(
         self,
@@ -325,20 +364,7 @@ class Plan:
                 )  # fmt: skip
         if dout is None:
             dout = torch.zeros_like(out)
-        key = (
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
-            dout.stride(),
-            None if mask is None else mask.stride(),
-            None if bias is None else bias.stride(),
-            deterministic,
-            bias_grad,
-        )
-        plan = self._backwards.get(key)
-        if plan is None:
-            plan = self._plan_backward(key, q, k, v, mask, bias, out, dout, deterministic, bias_grad)
+        plan = self.backward_plan(q, k, v, mask, bias, out, dout, deterministic, bias_grad)
         kernel = plan.kernel
         if kernel is None:
             return self._gradients_by_fallback(q, k, v, mask, bias, scale, dout, dlse, bias_grad, scale_grad)
@@ -391,6 +417,35 @@ class Plan:
             dscale = dscale.view(sizes.batch, sizes.q_heads, sizes.q_len).sum((0, 2))
         return dq, dk, dv, dbias, dscale
 
+    def backward_plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor,
+        dout: Tensor,
+        deterministic: bool,
+        bias_grad: bool,
+    ) -> Backward:
+        """How a backward pass on tensors like these runs."""
+        key = (
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            out.stride(),
+            dout.stride(),
+            None if mask is None else mask.stride(),
+            None if bias is None else bias.stride(),
+            deterministic,
+            bias_grad,
+        )
+        plan = self._backwards.get(key)
+        if plan is None:
+            plan = self._plan_backward(key, q, k, v, mask, bias, out, dout, deterministic, bias_grad)
+        return plan
+
     def _plan_backward(
         self,
         key: Hashable,
@@ -403,7 +458,7 @@ class Plan:
         dout: Tensor,
         deterministic: bool,
         bias_grad: bool,
-    ) -> _Backward:
+    ) -> Backward:
         assert self._spec is not None
         spec = replace(self._spec, direction="backward", deterministic=deterministic, bias_grad=bias_grad)
         spec = families.sized(spec, self._sizes.q_len)
@@ -430,7 +485,7 @@ class Plan:
             problem = self._pack(fields)
             with torch.cuda.device(self._device):
                 workspace = kernel.workspace_bytes(problem)
-        plan = _Backward(kernel, problem, workspace, layouts[0], layouts[1], layouts[2], usable)
+        plan = Backward(kernel, problem, workspace, layouts[0], layouts[1], layouts[2], usable)
         with _lock:
             if len(self._backwards) >= _MAX_BACKWARDS:
                 self._backwards.pop(next(iter(self._backwards)))
@@ -614,6 +669,8 @@ def remember(key: Hashable, build: Callable[..., Plan], *arguments: Any) -> Plan
         plan = None
     with _lock:
         if len(plans) >= _MAX_PLANS:
-            plans.pop(next(iter(plans)))
+            oldest = plans.pop(next(iter(plans)))
+            if oldest is not None and oldest.host:
+                host.forget(oldest)
         plans[key] = plan
     return plan

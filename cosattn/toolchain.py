@@ -102,9 +102,7 @@ def find(arch: Arch, torch_cuda: str | None) -> Toolchain:
         raise ToolchainError("\n".join(lines))
     assert chosen.home is not None
     assert chosen.version is not None
-    return Toolchain(
-        chosen.home, chosen.version, chosen.release, _cudart(chosen.home), cxx, _first_line(cxx, "--version"), ninja
-    )
+    return Toolchain(chosen.home, chosen.version, chosen.release, _cudart(chosen.home), cxx, identify(cxx), ninja)
 
 
 def host_compiler() -> tuple[Path | None, str | None]:
@@ -221,6 +219,7 @@ def _ways_out(toolkit: Toolkit | None, cxx: Path | None, ninja: Path | None) -> 
 
 
 @cache
-def _first_line(program: Path, argument: str) -> str:
-    run = subprocess.run([program, argument], capture_output=True, text=True, check=False, timeout=60)
+def identify(program: Path) -> str:
+    """The first line a compiler says of itself."""
+    run = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60)
     return (run.stdout or run.stderr).partition("\n")[0].strip()

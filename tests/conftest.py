@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from emulated_kernel import STREAM, EmulatedKernel, extension_in_use, scratch_memory
 from hypothesis import HealthCheck, Phase, settings
 
+from cosattn import functional, host, host_build, launch, plan
 from cosattn.arch import arch_of
+from cosattn.spec import KernelSpec
 
 # A first example compiles kernels, so no deadline; drawing is never slow, computing may be.
 _COMMON = settings(
@@ -23,8 +29,36 @@ settings.register_profile("thorough", parent=_COMMON, max_examples=40, print_blo
 
 def pytest_configure(config: pytest.Config) -> None:
     """``--hypothesis-profile`` wins; else HYPOTHESIS_PROFILE; else ``ci`` where CI is set; else ``dev``."""
+    os.environ.setdefault("COSATTN_DISABLE_EXTENSION", "1")  # tests that want it say so, and none starts a build
     if not config.getoption("--hypothesis-profile", default=None):
         settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="session")
+def extension() -> Any:
+    """The host extension, built where it is not there yet."""
+    return host.load(host_build.ensure())
+
+
+@pytest.fixture(params=["python", "extension"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What serves the calls."""
+    with extension_in_use(request.getfixturevalue("extension")) if request.param == "extension" else nullcontext():
+        yield request.param
+
+
+@pytest.fixture
+def kernels(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[KernelSpec, EmulatedKernel]]:
+    """Emulated kernels by spec, in the order they were asked for; no plan is left behind."""
+    found: dict[KernelSpec, EmulatedKernel] = {}
+    monkeypatch.setattr(plan, "load", lambda spec: found.setdefault(spec, EmulatedKernel(spec)))
+    monkeypatch.setattr(plan, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(plan, "plans", {})
+    monkeypatch.setattr(functional, "plans", plan.plans)
+    monkeypatch.setattr(launch, "current_device", lambda: -1)
+    monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
+    with scratch_memory(monkeypatch):
+        yield found
 
 
 def _why_no_gpu() -> str | None:

@@ -14,15 +14,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cosattn import abi, cpu, launch
+from cosattn import abi, autograd, cpu, functional, host, launch
 from cosattn.spec import KernelSpec
 
+DEFAULTS: dict[str, Any] = {
+    "mask": None,
+    "attn_bias": None,
+    "scale": 8.0,
+    "groups": 1,
+    "causal": False,
+    "attn_bias_batch_dim": False,
+    "l2norm_qk": True,
+    "scale_max": None,
+    "bias_bound": None,
+    "return_lse": False,
+    "deterministic": None,
+}
 STREAM = 0x5EA
+FAILED = -1
+"""What a C entry point returns for an exception."""
 WORKSPACE = 1000
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    """cosine_attention as CUDA tensors take it."""
+    unknown = options.keys() - DEFAULTS.keys()
+    assert not unknown
+    return functional._direct(q, k, v, *(DEFAULTS | options).values())
 
 
 @contextmanager
@@ -42,6 +65,23 @@ def scratch_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(launch, "free", memory.pop)
     yield sizes
     assert not memory, "a workspace is left behind"
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
+def current_stream(device: int, stream: Any) -> int:
+    """In the place of ``aoti_torch_get_current_cuda_stream``."""
+    stream[0] = STREAM
+    return 0
+
+
+@contextmanager
+def extension_in_use(module: Any) -> Iterator[None]:
+    """Calls go through the host extension, on emulated kernels."""
+    host.connect(module, ctypes.cast(current_stream, ctypes.c_void_p).value or 0, autograd.gradients_for_host)
+    try:
+        yield
+    finally:
+        host.disconnect()
 
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,13 +105,35 @@ class EmulatedKernel:
     """What ``launch`` returns; nothing is computed when it is not 0."""
     calls: list[tuple[dict[str, int], dict[str, float]]] = field(default_factory=list)
     """Pointers and problem of every launch."""
+    by_address: int = 0
+    """Launches through ``address``: those of the host extension."""
+    failure: Exception | None = None
+    _entry: Any = None
 
     def workspace_bytes(self, problem: bytes) -> int:
         assert len(problem) == struct.calcsize(abi.PROBLEM_FORMAT)
         return WORKSPACE
 
-    def error(self, code: int) -> RuntimeError:
-        return RuntimeError(f"cuda error {code}")
+    def error(self, code: int) -> Exception:
+        return self.failure or RuntimeError(f"cuda error {code}")
+
+    @property
+    def address(self) -> int:
+        """Of a C function that does what ``launch`` does."""
+
+        def entry(pointers: int, problem: int, stream: int) -> int:
+            self.by_address += 1
+            sizes = struct.calcsize(abi.POINTERS_FORMAT), struct.calcsize(abi.PROBLEM_FORMAT)
+            try:
+                return self.launch(ctypes.string_at(pointers, sizes[0]), ctypes.string_at(problem, sizes[1]), stream)
+            except Exception as failure:  # ctypes would print and forget it
+                self.failure = failure
+                return FAILED
+
+        if self._entry is None:
+            signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+            self._entry = signature(entry)
+        return ctypes.cast(self._entry, ctypes.c_void_p).value or 0
 
     def launch(self, pointers: bytes, problem: bytes, stream: int) -> int:
         assert stream == STREAM

@@ -20,6 +20,7 @@ from cosattn import cache
 from cosattn.errors import CacheError
 
 KEY = cache.Key("sm80", "forward_sm80_f16_d64", "0123456789abcdef")
+RUNTIME = cache.cuda_runtime(13)
 fork = multiprocessing.get_context("fork")
 
 
@@ -32,7 +33,7 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def publish(content: bytes = b"library", key: cache.Key = KEY) -> Path:
-    place = cache.writable_folder(13, key.arch)
+    place = cache.writable_folder(RUNTIME, key.arch)
     with cache.lock(place, key.entry), cache.private_folder(place, key.entry) as private:
         (private / cache.LIBRARY).write_bytes(content)
         return cache.publish(private, key, {"compiler": "nvcc", "seconds": 1.0})
@@ -50,18 +51,18 @@ def test_the_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_nothing_is_made_by_looking(root: Path) -> None:
-    assert cache.find(KEY, 13) is None
-    assert cache.indexed(KEY.name, KEY.arch, 13, "f") is None
+    assert cache.find(KEY, RUNTIME) is None
+    assert cache.indexed(KEY.name, KEY.arch, RUNTIME, "f") is None
     assert not root.exists()
 
 
 def test_published_and_found(root: Path) -> None:
     library = publish()
-    assert library == cache.folder(root, 13, "sm80") / KEY.entry / "kernel.so"
-    assert cache.find(KEY, 13) == library
+    assert library == cache.folder(root, RUNTIME, "sm80") / KEY.entry / "kernel.so"
+    assert cache.find(KEY, RUNTIME) == library
     assert cache.find(KEY, None) == library, "a CPU build of torch reads every CUDA major"
-    assert cache.find(KEY, 12) is None
-    assert cache.find(cache.Key("sm80", KEY.name, "f" * 16), 13) is None
+    assert cache.find(KEY, cache.cuda_runtime(12)) is None
+    assert cache.find(cache.Key("sm80", KEY.name, "f" * 16), RUNTIME) is None
 
 
 def test_everything_is_private_to_the_user(root: Path) -> None:
@@ -94,7 +95,7 @@ def test_no_debris_after_publishing() -> None:
 def test_a_damaged_entry_is_a_miss(damage, why: str) -> None:
     entry = publish().parent
     damage(entry)
-    assert cache.find(KEY, 13) is None
+    assert cache.find(KEY, RUNTIME) is None
     assert why in (cache.broken(entry) or "")
 
 
@@ -103,9 +104,9 @@ def test_set_aside_says_so_and_makes_room(caplog: pytest.LogCaptureFixture) -> N
     cache.set_aside(entry, "for a test")
     assert "is broken (for a test): set aside as .broken-" in caplog.text
     assert not entry.exists()
-    assert cache.find(KEY, 13) is None
+    assert cache.find(KEY, RUNTIME) is None
     publish()
-    assert cache.find(KEY, 13) is not None
+    assert cache.find(KEY, RUNTIME) is not None
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o707, 0o1777])
@@ -118,17 +119,17 @@ def test_a_root_that_others_can_write_is_refused(
     shared.chmod(mode)
     monkeypatch.setenv(variable, str(shared))
     with pytest.raises(CacheError, match=rf"can be changed by others \(mode {mode:o}.*\n.*\n.*chmod go-w {shared}"):
-        cache.find(KEY, 13)
+        cache.find(KEY, RUNTIME)
     if variable == "COSATTN_CACHE_DIR":
         with pytest.raises(CacheError, match="can be changed by others"):
-            cache.writable_folder(13, "sm80")
+            cache.writable_folder(RUNTIME, "sm80")
 
 
 def test_an_entry_that_others_can_write_is_refused() -> None:
     entry = publish().parent
     entry.chmod(0o777)
     with pytest.raises(CacheError, match="can be changed by others"):
-        cache.find(KEY, 13)
+        cache.find(KEY, RUNTIME)
 
 
 def test_a_root_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,18 +151,18 @@ def test_the_prebuilt_folder_is_searched_first_and_never_written(
     assert copied.read_bytes() == b"library"
     monkeypatch.setenv("COSATTN_PREBUILT_DIR", str(prebuilt))
     before = sorted(prebuilt.rglob("*"))
-    assert cache.find(KEY, 13) == copied
-    assert cache.indexed(KEY.name, "sm80", 13, "print") == KEY.digest
-    cache.writable_folder(13, "sm90")
+    assert cache.find(KEY, RUNTIME) == copied
+    assert cache.indexed(KEY.name, "sm80", RUNTIME, "print") == KEY.digest
+    cache.writable_folder(RUNTIME, "sm90")
     assert sorted(prebuilt.rglob("*")) == before
     (copied.parent / "kernel.so").write_bytes(b"x")
-    assert cache.find(KEY, 13) == library, "a broken prebuilt entry falls through to the user's own"
+    assert cache.find(KEY, RUNTIME) == library, "a broken prebuilt entry falls through to the user's own"
 
 
 def test_a_root_that_is_a_file(root: Path) -> None:
     root.write_text("")
     with pytest.raises(CacheError, match=r"(?i)not a directory.*\nWay out: set COSATTN_CACHE_DIR"):
-        cache.writable_folder(13, "sm80")
+        cache.writable_folder(RUNTIME, "sm80")
 
 
 def test_a_read_only_root_gives_a_temporary_one_and_one_warning(
@@ -178,7 +179,7 @@ def test_a_read_only_root_gives_a_temporary_one_and_one_warning(
     library = publish()
     publish(key=cache.Key("sm80", "another", KEY.digest))
     assert not library.is_relative_to(root)
-    assert cache.find(KEY, 13) == library
+    assert cache.find(KEY, RUNTIME) == library
     (warning,) = [record.message for record in caplog.records]
     assert warning.startswith(f"cosattn: no kernel cache: {root} is not writable (Read-only file system).")
     assert warning.endswith("set COSATTN_CACHE_DIR to a writable directory.")
@@ -200,7 +201,7 @@ def _hold(place: Path, entry: str, pipe) -> None:
 @pytest.fixture
 def held(root: Path):
     """A lock that another process holds until something is sent to it; yields (place, process, pipe)."""
-    place = cache.writable_folder(13, "sm80")
+    place = cache.writable_folder(RUNTIME, "sm80")
     ours, theirs = fork.Pipe()
     process = fork.Process(target=_hold, args=(place, KEY.entry, theirs))
     process.start()
@@ -240,7 +241,7 @@ def test_the_lock_of_a_killed_holder_is_free(held, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_failure_reaches_those_who_waited_and_nobody_later() -> None:
-    place = cache.writable_folder(13, "sm80")
+    place = cache.writable_folder(RUNTIME, "sm80")
     with cache.lock(place, KEY.entry) as first:
         assert first.failure() is None
         first.record(failure="the words", failed_at=time.time())
@@ -291,9 +292,9 @@ def test_an_interrupted_publish_leaves_nothing_that_can_be_loaded(point: str) ->
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert cache.find(KEY, 13) is None
+    assert cache.find(KEY, RUNTIME) is None
     place = publish().parent.parent
-    assert cache.find(KEY, 13) is not None
+    assert cache.find(KEY, RUNTIME) is not None
     assert sorted(path.name for path in place.iterdir()) == [".locks", KEY.entry]
 
 
@@ -303,7 +304,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cache, "_prepare", full)
     with pytest.raises(CacheError, match=r"(?s)no space left.*--prune.*COSATTN_CACHE_DIR"):
-        cache.writable_folder(13, "sm80")
+        cache.writable_folder(RUNTIME, "sm80")
 
 
 def test_prune_removes_other_versions_and_debris_only(root: Path) -> None:
@@ -317,7 +318,7 @@ def test_prune_removes_other_versions_and_debris_only(root: Path) -> None:
     assert {path.name for path in cache.prune()} == {
         "v0.0.1", ".index", ".broken-x-0", ".failed", ".build-x-0123456789abcdef-abcdefgh",
     }  # fmt: skip
-    assert cache.find(KEY, 13) == library
+    assert cache.find(KEY, RUNTIME) == library
     assert (root / "notes.txt").exists()
     assert cache.prune() == []
 

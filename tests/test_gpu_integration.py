@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosattn import ops
+from cosattn import autograd, host, ops
 from cosattn.errors import ArgumentError, MissingKernelError
 from cosattn.functional import cosine_attention
 from cosattn.reference import cosine_attention_reference
@@ -24,6 +24,18 @@ pytestmark = pytest.mark.gpu
 
 DTYPE = torch.bfloat16
 DIM = 64
+
+
+@pytest.fixture(autouse=True, params=["python", "extension"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What serves the calls, of this process and of those it starts."""
+    if request.param == "extension":
+        host.connect(
+            request.getfixturevalue("extension"), host.address_of_current_stream(), autograd.gradients_for_host
+        )
+        monkeypatch.setenv("COSATTN_DISABLE_EXTENSION", "0")
+    yield request.param
+    host.disconnect()
 
 
 def leaf(*shape: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> Tensor:
@@ -103,6 +115,15 @@ def test_both_ways_give_the_same() -> None:
     assert torch.equal(direct, out)
     assert torch.equal(direct_lse, lse)
     assert direct.stride() == out.stride() == q.stride()
+
+
+def test_repeated_calls_are_served_by_the_extension(way: str) -> None:
+    for make in (leaf, lambda *shape: bshd(*shape[:3])):
+        q, k, v = (make(2, 4, 150, DIM) for _ in range(3))
+        out = cosine_attention(q, k, v, causal=True)
+        assert isinstance(out.grad_fn, torch.autograd.function.BackwardCFunction) == (way == "python")
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        assert_right(out, q, k, v, causal=True)
 
 
 def test_autocast() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from emulated_kernel import STREAM, WORKSPACE, EmulatedKernel, scratch_memory
+from emulated_kernel import DEFAULTS, STREAM, WORKSPACE, EmulatedKernel, attend, scratch_memory
 from torch import Tensor
 
 import cosattn
@@ -18,41 +18,6 @@ from cosattn import fallback, functional, launch, plan
 from cosattn.errors import ArgumentError, UnsupportedError
 from cosattn.reference import cosine_attention_reference
 from cosattn.spec import KernelSpec
-
-DEFAULTS: dict[str, Any] = {
-    "mask": None,
-    "attn_bias": None,
-    "scale": 8.0,
-    "groups": 1,
-    "causal": False,
-    "attn_bias_batch_dim": False,
-    "l2norm_qk": True,
-    "scale_max": None,
-    "bias_bound": None,
-    "return_lse": False,
-    "deterministic": None,
-}
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """cosine_attention as CUDA tensors take it."""
-    unknown = options.keys() - DEFAULTS.keys()
-    assert not unknown
-    return functional._direct(q, k, v, *(DEFAULTS | options).values())
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[KernelSpec, EmulatedKernel]]:
-    """Emulated kernels by spec, in the order they were asked for; no plan is left behind."""
-    found: dict[KernelSpec, EmulatedKernel] = {}
-    monkeypatch.setattr(plan, "load", lambda spec: found.setdefault(spec, EmulatedKernel(spec)))
-    monkeypatch.setattr(plan, "architecture", lambda device: "sm90")
-    monkeypatch.setattr(plan, "plans", {})
-    monkeypatch.setattr(functional, "plans", plan.plans)
-    monkeypatch.setattr(launch, "current_device", lambda: -1)
-    monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
-    with scratch_memory(monkeypatch):
-        yield found
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
@@ -565,6 +530,7 @@ def test_the_fallback_computes_the_same(
     check(options, *(leaf(*shape) for shape in shapes), with_lse=with_lse)
 
 
+@pytest.mark.parametrize("way", ["python"], indirect=True)  # the extension takes its own from the allocator
 def test_the_workspace_is_as_large_as_the_kernel_wants(
     kernels: dict[KernelSpec, EmulatedKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -595,6 +561,7 @@ def test_a_gpu_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert plan.architecture(0) == "sm90"
 
 
+@pytest.mark.parametrize("way", ["python"], indirect=True)  # the extension has torch's guard
 def test_work_moves_to_the_device_of_the_tensors_and_back(
     kernels: dict[KernelSpec, EmulatedKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -620,6 +587,7 @@ def test_work_moves_to_the_device_of_the_tensors_and_back(
     assert current == [3]
 
 
+@pytest.mark.parametrize("way", ["python"], indirect=True)  # nothing of the extension can be counted
 def test_a_hit_does_little(kernels: dict[KernelSpec, EmulatedKernel], monkeypatch: pytest.MonkeyPatch) -> None:
     """Host time where it can be counted without a GPU: calls of Python and C functions on the way to the launch."""
     monkeypatch.setattr(EmulatedKernel, "launch", lambda *_: 0)
@@ -636,7 +604,7 @@ def test_a_hit_does_little(kernels: dict[KernelSpec, EmulatedKernel], monkeypatc
     options = DEFAULTS.values()
     sys.setprofile(watch)
     try:
-        functional._direct(q, k, v, *options)
+        functional._planned(q, k, v, *options)
     finally:
         sys.setprofile(None)
     assert count <= 29, count
