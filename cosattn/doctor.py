@@ -168,9 +168,28 @@ def _verdict() -> Facts:
         facts["builds kernels"] = f"yes, for {target.name}: {tools.identity}"
     except CosattnError as error:
         facts["builds kernels"] = ["no:", *str(error).splitlines()]
+    facts["host extension"] = _host_extension()
     if env.flag("COSATTN_DISABLE_JIT"):
         facts["just-in-time builds"] = "switched off (COSATTN_DISABLE_JIT)"
     return facts
+
+
+def _host_extension() -> str:
+    """Whether calls take C++ or Python on their way to the kernels, and why."""
+    import torch
+
+    from cosattn import host_build
+
+    if env.flag("COSATTN_DISABLE_EXTENSION"):
+        return "switched off (COSATTN_DISABLE_EXTENSION)"
+    if torch.version.cuda is None:
+        return "not used: torch is a CPU build"
+    try:
+        if (found := host_build.find()) is not None:
+            return f"built: {found.parent}"
+        return host_build.why_not() or "not built: the first call on a GPU builds it in the background, or warmup"
+    except CosattnError as error:
+        return f"no: {str(error).partition(chr(10))[0]}"
 
 
 def _text(fact: object) -> str:

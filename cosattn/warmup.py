@@ -1,4 +1,7 @@
-"""``python -m cosattn.warmup``: build kernels before they are needed, in parallel, with or without a GPU."""
+"""``python -m cosattn.warmup``: build kernels before they are needed, in parallel, with or without a GPU.
+
+Beside a torch that has CUDA the host extension is built too, unless COSATTN_DISABLE_EXTENSION is set.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,17 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from cosattn import build, cache, env, selection, support
+from cosattn import build, cache, env, host_build, selection, support
 from cosattn.arch import ARCHS, arch_of
 from cosattn.errors import CosattnError
 from cosattn.spec import KernelSpec
@@ -27,7 +31,7 @@ _BYTES_PER_COMPILER = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one kernel."""
+    """What became of one kernel, or of the host extension."""
 
     name: str
     status: str
@@ -53,15 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("cosattn.warmup: no supported kernel is selected", file=sys.stderr)
             return 1
         jobs = options.jobs or default_jobs()
+        tasks = _tasks(specs, dry_run=options.dry_run)
     except CosattnError as error:
         print(f"cosattn.warmup: {error}", file=sys.stderr)
         return 1
     # Asking for a build on the command line overrides a setting that is meant for the program being served.
     os.environ.pop("COSATTN_DISABLE_JIT", None)
     began = time.perf_counter()
-    progress = Progress(len(specs), sys.stderr)
+    progress = Progress(len(tasks), sys.stderr)
     results = []
-    for result in _status(specs) if options.dry_run else _run(specs, jobs):
+    for result in _run(tasks, 1 if options.dry_run else jobs):
         if options.output is not None and result.path is not None:
             cache.export(Path(result.path), options.output)
         results.append(result)
@@ -110,7 +115,7 @@ class Progress:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cosattn.warmup", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m cosattn.warmup", description=(__doc__ or "").partition("\n")[0])
     selection.add_arguments(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", help="compilers at once; default: from cores and memory")
     parser.add_argument(
@@ -141,42 +146,52 @@ def _select(
     return specs, refused
 
 
-def _run(specs: list[KernelSpec], jobs: int) -> Iterator[Result]:
-    if jobs == 1 or len(specs) == 1:
-        yield from map(_build_one, specs)
+def _tasks(specs: list[KernelSpec], *, dry_run: bool) -> dict[str, Callable[[], Result]]:
+    """What is to be done, by name. The extension comes first: it takes longest."""
+    tasks: dict[str, Callable[[], Result]] = {}
+    if _wants_extension():
+        tasks[host_build.NAME] = partial(_one, host_build.NAME, host_build.find, None if dry_run else host_build.ensure)
+    for spec in specs:
+        make = None if dry_run else partial(build.ensure, spec)
+        tasks[spec.name] = partial(_one, spec.name, partial(build.find, spec), make)
+    return tasks
+
+
+def _wants_extension() -> bool:
+    return torch.version.cuda is not None and not env.flag("COSATTN_DISABLE_EXTENSION")
+
+
+def _run(tasks: dict[str, Callable[[], Result]], jobs: int) -> Iterator[Result]:
+    if jobs == 1 or len(tasks) == 1:
+        yield from (task() for task in tasks.values())
         return
     # forkserver: torch is imported once, and no thread of this process is forked.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cosattn.build"])
-    with ProcessPoolExecutor(min(jobs, len(specs)), mp_context=context) as pool:
-        waiting = {pool.submit(_build_one, spec): spec for spec in specs}
+    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
+        waiting = {pool.submit(task): name for name, task in tasks.items()}
         try:
             for future in as_completed(waiting):
                 try:
                     yield future.result()
                 except BrokenProcessPool:
-                    yield Result(
-                        waiting[future].name, "failed", 0.0, error="a build process was killed (out of memory?)"
-                    )
+                    yield Result(waiting[future], "failed", 0.0, error="a build process was killed (out of memory?)")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _build_one(spec: KernelSpec) -> Result:
+def _one(name: str, find: Callable[[], Path | None], make: Callable[[], Path] | None) -> Result:
+    """Look one thing up, and make it where it is missing and ``make`` says how."""
     began = time.perf_counter()
     try:
-        found = build.find(spec)
-        path = found or build.ensure(spec)
+        found = find()
+        if found is None and make is None:
+            return Result(name, "missing", 0.0)
+        made = found or (make and make())
     except CosattnError as error:
-        return Result(spec.name, "failed", time.perf_counter() - began, error=str(error))
-    return Result(spec.name, "cached" if found else "compiled", time.perf_counter() - began, str(path))
-
-
-def _status(specs: list[KernelSpec]) -> Iterator[Result]:
-    for spec in specs:
-        found = build.find(spec)
-        yield Result(spec.name, "cached" if found else "missing", 0.0, str(found) if found else None)
+        return Result(name, "failed", time.perf_counter() - began, error=str(error))
+    return Result(name, "cached" if found else "compiled", time.perf_counter() - began, str(made))
 
 
 def _report(results: list[Result], seconds: float, options: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Time the host needs per call, side by side with scaled_dot_product_attention in the same process."""
+"""Time the host needs per call, side by side with scaled_dot_product_attention in the same process.
+
+By the host extension and in Python. The figures of issues and docs are those of the extension, on an H200.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,33 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from cosattn import autograd, host
 from cosattn.functional import cosine_attention
 
 pytestmark = pytest.mark.gpu
 
 NOISE = 1.05
+FORWARD, STEP = 10.0, 60.0
+"""Microseconds that a call may take: forward without gradients, and forward with backward."""
 CALLS = 200
 ROUNDS = 15
+
+
+@pytest.fixture(params=["python", "extension"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What serves the calls."""
+    if request.param == "extension":
+        host.connect(
+            request.getfixturevalue("extension"), host.address_of_current_stream(), autograd.gradients_for_host
+        )
+    yield request.param
+    host.disconnect()
 
 
 def inputs(grad: bool) -> list[torch.Tensor]:
@@ -41,23 +58,30 @@ def microseconds(*functions: Callable[[], object]) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
-def test_forward() -> None:
+def test_forward(way: str) -> None:
     q, k, v = inputs(grad=False)
     ours, theirs = microseconds(lambda: cosine_attention(q, k, v), lambda: F.scaled_dot_product_attention(q, k, v))
-    print(f"\nhost time of forward: cosattn {ours:.1f} us, scaled_dot_product_attention {theirs:.1f} us")
-    assert ours <= NOISE * theirs
+    print(f"\nhost time of forward: cosattn ({way}) {ours:.1f} us, scaled_dot_product_attention {theirs:.1f} us")
+    if way == "extension":
+        assert ours <= theirs
+        assert ours <= FORWARD
+    else:
+        assert ours <= NOISE * theirs
 
 
-def test_forward_and_backward() -> None:
+def test_forward_and_backward(way: str) -> None:
     q, k, v = inputs(grad=True)
     dout = torch.randn_like(q)
     ours, theirs = microseconds(
         lambda: torch.autograd.grad(cosine_attention(q, k, v), (q, k, v), dout),
         lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), dout),
     )
-    print(f"\nhost time of forward and backward: cosattn {ours:.1f} us, scaled_dot_product_attention {theirs:.1f} us")
-    # The aim is 1: five launches and a Python autograd node keep it 11 % away (docs/kernel_notes.md, Host time).
-    assert ours <= NOISE * 1.15 * theirs
+    print(f"\nhost time of a step: cosattn ({way}) {ours:.1f} us, scaled_dot_product_attention {theirs:.1f} us")
+    if way == "extension":
+        assert ours <= theirs
+        assert ours <= STEP
+    else:  # a Python autograd node keeps it 13 % away (docs/kernel_notes.md, Host time)
+        assert ours <= NOISE * 1.15 * theirs
 
 
 _FIRST_RESULT = """
@@ -73,11 +97,13 @@ print(time.perf_counter() - began)
 """
 
 
-def test_first_result_of_a_process_whose_kernel_is_built() -> None:
+def test_first_result_of_a_process_whose_kernel_is_built(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension is loaded, too, before the first result."""
+    monkeypatch.setenv("COSATTN_DISABLE_EXTENSION", "0" if way == "extension" else "1")
     q, k, v = inputs(grad=False)
     cosine_attention(q, k, v)
     runs = [subprocess.run([sys.executable, "-c", _FIRST_RESULT], capture_output=True, text=True) for _ in range(3)]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
     seconds = min(float(run.stdout) for run in runs)
-    print(f"\nfirst result after import torch: {seconds:.2f} s")
+    print(f"\nfirst result after import torch ({way}): {seconds:.2f} s")
     assert seconds <= 0.3
