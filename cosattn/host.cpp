@@ -40,12 +40,12 @@ using NodePointer = decltype(std::declval<Node&>().getptr());  // std::shared_pt
 using Launch = int (*)(const void* pointers, const void* problem, void* stream);
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
-constexpr uintptr_t ALIGNMENT = 16;    // bytes; plan.py
-constexpr size_t MAX_BACKWARDS = 16;   // of one plan
+constexpr uintptr_t ALIGNMENT = 16;   // bytes; plan.py
+constexpr size_t MAX_BACKWARDS = 16;  // of one plan
 
 // A Python object that may be let go by a thread that does not hold the GIL.
 class Reference {
-public:
+  public:
     explicit Reference(py::object object) : object_(object.release().ptr()) {}
     Reference(const Reference&) = delete;
     Reference& operator=(const Reference&) = delete;
@@ -56,7 +56,7 @@ public:
     }
     py::handle get() const { return object_; }
 
-private:
+  private:
     PyObject* object_;
 };
 
@@ -66,10 +66,8 @@ Reference* python_gradients = nullptr;  // autograd.py: gradients
 // --- Keys: everything a plan depends on, as words
 
 class Key {
-public:
-    void add(int64_t word) {
-        words_[count_++] = word;
-    }
+  public:
+    void add(int64_t word) { words_[count_++] = word; }
     void add(double number) {
         int64_t word;
         std::memcpy(&word, &number, sizeof word);
@@ -101,11 +99,11 @@ public:
         return count_ == other.count_ && std::memcmp(words_.data(), other.words_.data(), count_ * sizeof(int64_t)) == 0;
     }
 
-private:
+  private:
     static constexpr int64_t MAX_DIMENSIONS = 5;
     static constexpr int MAX_TENSORS = 7;
     static constexpr int MAX_OTHERS = 12;
-    std::array<int64_t, MAX_TENSORS*(1 + 2 * MAX_DIMENSIONS) + MAX_OTHERS> words_;
+    std::array<int64_t, MAX_TENSORS * (1 + 2 * MAX_DIMENSIONS) + MAX_OTHERS> words_;
     size_t count_ = 0;
     bool fits_ = true;
 };
@@ -180,7 +178,7 @@ bool misaligned(uintptr_t addresses) { return addresses % ALIGNMENT != 0; }
 
 // Uninitialised memory, without the dispatcher. The device must be current.
 class Memory {
-public:
+  public:
     explicit Memory(c10::Device device)
         : cuda_(device.is_cuda()),
           allocator_(cuda_ ? at::detail::getCUDAHooks().getCUDADeviceAllocator() : c10::GetCPUAllocator()) {}
@@ -192,7 +190,7 @@ public:
     }
     c10::DataPtr bytes(int64_t size) const { return size == 0 ? c10::DataPtr() : allocator_->allocate(size_t(size)); }
 
-private:
+  private:
     c10::DispatchKeySet keys() const {
         return c10::DispatchKeySet(cuda_ ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
     }
@@ -245,7 +243,7 @@ py::object wrapped(const Tensor& tensor) {
 }
 
 class AttentionBackward : public Node {
-public:
+  public:
     AttentionBackward(torch::autograd::edge_list&& next, std::shared_ptr<Plan> plan, int deterministic)
         : Node(std::move(next)), plan_(std::move(plan)), deterministic_(deterministic) {}
 
@@ -300,7 +298,7 @@ public:
         return {found.dq, found.dk, found.dv, found.dbias, found.dscale};
     }
 
-private:
+  private:
     // False where Python has to look at the call first.
     bool computed(Gradients& found, const Inputs& in, const Tensor& out, Tensor lse, Tensor dout, Tensor dlse,
                   bool deterministic, bool bias_grad, bool scale_grad) const {
@@ -325,10 +323,10 @@ private:
         found.dv = memory.tensor(plan->dv, type);
         if (bias_grad) found.dbias = memory.contiguous(in.bias.sizes(), at::kFloat);
         if (scale_grad) found.dscale = memory.contiguous(plan_->lse, at::kFloat);
-        const Pointers pointers{address(in.q),       address(in.k),        address(in.v),    address(in.mask),
-                                address(in.bias),    address(in.scale),    address(out),     address(lse),
-                                address(dout),       address(dlse),        address(found.dq), address(found.dk),
-                                address(found.dv),   address(found.dbias), address(found.dscale)};
+        const Pointers pointers{address(in.q),     address(in.k),        address(in.v),        address(in.mask),
+                                address(in.bias),  address(in.scale),    address(out),         address(lse),
+                                address(dout),     address(dlse),        address(found.dq),    address(found.dk),
+                                address(found.dv), address(found.dbias), address(found.dscale)};
         const int code = launch(plan->call, pointers, memory, device);
         if (code != 0) {
             const py::gil_scoped_acquire gil;
@@ -346,9 +344,9 @@ private:
         const py::gil_scoped_acquire gil;
         try {
             const py::object answer = python_gradients->get()(
-                offer, plan_->python.get(), wrapped(in.q), wrapped(in.k), wrapped(in.v), wrapped(in.mask), wrapped(in.bias),
-                wrapped(in.scale), wrapped(out), wrapped(lse), wrapped(dout), wrapped(dlse), deterministic, bias_grad,
-                scale_grad);
+                offer, plan_->python.get(), wrapped(in.q), wrapped(in.k), wrapped(in.v), wrapped(in.mask),
+                wrapped(in.bias), wrapped(in.scale), wrapped(out), wrapped(lse), wrapped(dout), wrapped(dlse),
+                deterministic, bias_grad, scale_grad);
             if (answer.is_none()) return false;
             const py::tuple gradients = answer;
             const auto tensor = [&](int i) {
@@ -369,12 +367,10 @@ private:
 };
 
 // Nodes are owned by std::shared_ptr up to torch 2.12 and by intrusive_ptr after it.
-template <class Pointer, class T>
-Pointer owned(T* node) {
+template <class Pointer, class T> Pointer owned(T* node) {
     if constexpr (std::is_same_v<Pointer, std::shared_ptr<T>>)
         return Pointer(node, [](T* last) { deleteNode(last); });  // graphs may be too deep to be destroyed by recursion
-    else
-        return Pointer::unsafe_steal_from_new(node);
+    else return Pointer::unsafe_steal_from_new(node);
 }
 
 // --- Forward
@@ -385,8 +381,23 @@ struct Options {
 };
 
 // Arguments of `attend`, in the order of functional.py.
-enum { Q, K, V, MASK, BIAS, SCALE, GROUPS, CAUSAL, BATCH_DIM, L2NORM, SCALE_MAX, BIAS_BOUND, RETURN_LSE, DETERMINISTIC,
-       ARGUMENTS };
+enum {
+    Q,
+    K,
+    V,
+    MASK,
+    BIAS,
+    SCALE,
+    GROUPS,
+    CAUSAL,
+    BATCH_DIM,
+    L2NORM,
+    SCALE_MAX,
+    BIAS_BOUND,
+    RETURN_LSE,
+    DETERMINISTIC,
+    ARGUMENTS
+};
 
 // Tensors without a rule of their own: no subclass, not sparse, lazy, negated, batched or functional.
 const c10::DispatchKeySet PLAIN_TENSOR =
@@ -415,13 +426,11 @@ bool read_optional_tensor(PyObject* argument, Tensor& tensor) {
 bool read_number(PyObject* argument, Key& key) {
     if (argument == Py_None) return key.add(int64_t(0)), true;
     double number;
-    if (PyFloat_CheckExact(argument))
-        number = PyFloat_AS_DOUBLE(argument);
+    if (PyFloat_CheckExact(argument)) number = PyFloat_AS_DOUBLE(argument);
     else if (PyLong_CheckExact(argument)) {
         number = PyLong_AsDouble(argument);
         if (number == -1.0 && PyErr_Occurred()) return PyErr_Clear(), false;
-    } else
-        return false;
+    } else return false;
     return key.add(int64_t(1)), key.add(number), true;
 }
 
@@ -449,12 +458,9 @@ bool read(PyObject* const* arguments, Inputs& in, Options& options, Key& key) {
     key.add(int64_t(causal) | int64_t(batch_dim) << 1 | int64_t(l2norm) << 2);
     if (!read_number(arguments[SCALE_MAX], key) || !read_number(arguments[BIAS_BOUND], key)) return false;
     bool deterministic;
-    if (arguments[DETERMINISTIC] == Py_None)
-        options.deterministic = -1;
-    else if (read_switch(arguments[DETERMINISTIC], deterministic))
-        options.deterministic = deterministic;
-    else
-        return false;
+    if (arguments[DETERMINISTIC] == Py_None) options.deterministic = -1;
+    else if (read_switch(arguments[DETERMINISTIC], deterministic)) options.deterministic = deterministic;
+    else return false;
     return key.fits();
 }
 
@@ -518,7 +524,8 @@ PyMethodDef FAST_METHODS[] = {
 
 // --- What Python tells this module
 
-using CallFacts = std::tuple<py::object, uintptr_t, py::bytes, int64_t>;  // kernel, address of its launch, problem, workspace
+using CallFacts =
+    std::tuple<py::object, uintptr_t, py::bytes, int64_t>;  // kernel, address of its launch, problem, workspace
 
 Call call_of(const CallFacts& facts) {
     return {reinterpret_cast<Launch>(std::get<1>(facts)), std::string(std::get<2>(facts)), std::get<3>(facts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import threading
 from pathlib import Path
@@ -109,3 +110,10 @@ def test_the_struct_of_the_kernels_has_the_fields_of_abi() -> None:
         for name in declared.replace(" ", "").split(","):
             fields += [f"{name}_{axis}" for axis in "bhs"] if kind == "Stride" else [name]
     assert tuple(fields) == (*abi.INTEGERS, *abi.DOUBLES)
+
+
+def test_the_struct_of_the_host_extension_has_the_fields_of_abi() -> None:
+    text = (Path(launch.__file__).parent / "host.cpp").read_text()
+    pointers = text.partition("struct Pointers {")[2].partition("}")[0]
+    names = re.findall(r"(\w+)(?: = \w+)?[,;]", pointers)
+    assert tuple(names) == abi.POINTERS

@@ -44,7 +44,7 @@ def test_the_wheel_holds_code_templates_and_type_marker(wheel: Path) -> None:
     }
     assert any(name.endswith(".cu.jinja") for name in templates)
     assert any(name.endswith(".cuh") for name in templates)
-    assert names == code | templates | {"cosattn/py.typed"}
+    assert names == code | templates | {"cosattn/py.typed", "cosattn/host.cpp"}
 
 
 def test_the_metadata(wheel: Path) -> None:
