@@ -156,6 +156,10 @@ def cosine_attention(
         or type(attn_bias) not in _PLAIN
         or type(scale) not in _PLAIN
         or not getattr(q, "is_cuda", False)
+        or q.is_neg()  # the memory of such tensors holds other numbers
+        or (isinstance(k, Tensor) and k.is_neg())
+        or (isinstance(v, Tensor) and v.is_neg())
+        or (isinstance(attn_bias, Tensor) and attn_bias.is_neg())
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None

@@ -49,7 +49,7 @@ def begin(gradients: Callable[..., Any]) -> None:
             return
         _begun = True
     try:
-        if env.flag("COSATTN_DISABLE_EXTENSION"):
+        if env.flag("COSATTN_DISABLE_EXTENSION") or not _has_gil():
             return
         from cosattn import host_build  # a process that never attends on a GPU needs none of it
 
@@ -126,6 +126,11 @@ def address_of_current_stream() -> int:
     """Of ``int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream)``, which torch keeps stable."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
     return ctypes.cast(library.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value or 0
+
+
+def _has_gil() -> bool:
+    """The extension's table of plans relies on it."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 
 def _build(gradients: Callable[..., Any]) -> None:

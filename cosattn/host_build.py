@@ -6,7 +6,6 @@ both are in its path and in its digest; the compiler is not, for the reason kern
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -91,6 +90,8 @@ def only_one() -> Iterator[tuple[int, ...]]:
 
     Yields the file descriptors that keep the turn; a build that inherits them keeps it when this process has ended.
     """
+    import fcntl  # not on Windows
+
     place = cache.writable_folder(runtime(), NAME)
     descriptor = os.open(place / ".locks" / "background", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

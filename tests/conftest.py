@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -40,10 +39,25 @@ def extension() -> Any:
     return host.load(host_build.ensure())
 
 
+@pytest.fixture(autouse=True)
+def calls_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """They take the C++ way, as a user's do; what tests both ways has a fixture ``way``."""
+    if "gpu" not in request.keywords or "way" in request.fixturenames:
+        yield
+        return
+    with extension_in_use(request.getfixturevalue("extension"), host.address_of_current_stream()):
+        yield
+
+
 @pytest.fixture(params=["python", "extension"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What serves the calls."""
-    with extension_in_use(request.getfixturevalue("extension")) if request.param == "extension" else nullcontext():
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What serves the calls, and those of processes that a test starts."""
+    if request.param == "python":
+        yield request.param
+        return
+    stream = host.address_of_current_stream() if "gpu" in request.keywords else None
+    with extension_in_use(request.getfixturevalue("extension"), stream):
+        monkeypatch.setenv("COSATTN_DISABLE_EXTENSION", "0")
         yield request.param
 
 

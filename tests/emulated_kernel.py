@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cosattn import abi, autograd, cpu, functional, host, launch
+from cosattn import abi, autograd, cpu, functional, host, launch, plan
 from cosattn.spec import KernelSpec
 
 DEFAULTS: dict[str, Any] = {
@@ -75,13 +75,16 @@ def current_stream(device: int, stream: Any) -> int:
 
 
 @contextmanager
-def extension_in_use(module: Any) -> Iterator[None]:
-    """Calls go through the host extension, on emulated kernels."""
-    host.connect(module, ctypes.cast(current_stream, ctypes.c_void_p).value or 0, autograd.gradients_for_host)
+def extension_in_use(module: Any, stream: int | None = None) -> Iterator[None]:
+    """Calls go through the host extension, on emulated kernels unless a real stream function's address is given."""
+    if stream is None:
+        stream = ctypes.cast(current_stream, ctypes.c_void_p).value or 0
+    host.connect(module, stream, autograd.gradients_for_host)
     try:
         yield
     finally:
         host.disconnect()
+        plan.plans.clear()  # plans remember that the extension knew them
 
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

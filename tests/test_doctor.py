@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from cosattn import cache, doctor, env, toolchain
+from cosattn import cache, doctor, env, host_build, toolchain
 
 SECTIONS = ["system", "torch", "GPUs", "compiler", "kernel cache", "environment", "verdict"]
 
@@ -66,6 +67,34 @@ def test_an_unusable_machine(tmp_path: Path) -> None:
     assert "COSATTN_CACHEDIR: not a variable of cosattn" in ran.stdout
     assert "cannot compile a kernel for" in ran.stdout
     assert "probe failed" not in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "cuda", "found", "words"),
+    [
+        ("COSATTN_DISABLE_EXTENSION", "13.0", None, "switched off"),
+        ("COSATTN_DISABLE_JIT", "13.0", None, "not built, and COSATTN_DISABLE_JIT is set"),
+        ("COSATTN_DISABLE_JIT", "13.0", Path("/cache/host-1/kernel.so"), "built: /cache/host-1"),
+        (None, "13.0", None, "the first call on a GPU builds it"),
+        (None, None, None, "torch is a CPU build"),
+    ],
+)
+def test_which_way_calls_take(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    variable: str | None,
+    cuda: str | None,
+    found: Path | None,
+    words: str,
+) -> None:
+    monkeypatch.setenv("COSATTN_CACHE_DIR", str(tmp_path))
+    for name in ("COSATTN_DISABLE_EXTENSION", "COSATTN_DISABLE_JIT"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(host_build, "find", lambda: found)
+    assert words in str(doctor.examine()["verdict"]["host extension"])
 
 
 def test_two_toolkits_are_both_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,27 +15,15 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosattn import autograd, host, ops
+from cosattn import ops
 from cosattn.errors import ArgumentError, MissingKernelError
 from cosattn.functional import cosine_attention
 from cosattn.reference import cosine_attention_reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("way")]
 
 DTYPE = torch.bfloat16
 DIM = 64
-
-
-@pytest.fixture(autouse=True, params=["python", "extension"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What serves the calls, of this process and of those it starts."""
-    if request.param == "extension":
-        host.connect(
-            request.getfixturevalue("extension"), host.address_of_current_stream(), autograd.gradients_for_host
-        )
-        monkeypatch.setenv("COSATTN_DISABLE_EXTENSION", "0")
-    yield request.param
-    host.disconnect()
 
 
 def leaf(*shape: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> Tensor:
@@ -124,6 +112,14 @@ def test_repeated_calls_are_served_by_the_extension(way: str) -> None:
         assert isinstance(out.grad_fn, torch.autograd.function.BackwardCFunction) == (way == "python")
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         assert_right(out, q, k, v, causal=True)
+
+
+def test_a_negated_tensor_is_read_as_what_it_is() -> None:
+    """Its memory holds the numbers with the other sign."""
+    q = torch.randn(2, 4, 64, DIM, dtype=torch.complex64, device="cuda").conj().imag
+    k, v = (torch.randn(2, 4, 64, DIM, device="cuda") for _ in range(2))
+    assert q.is_neg()
+    assert torch.equal(cosine_attention(q, k, v), cosine_attention(q.clone(), k, v))
 
 
 def test_autocast() -> None:

@@ -54,6 +54,11 @@ CALLS: dict[str, Callable[[], tuple[tuple[Tensor, ...], dict[str, Any]]]] = {
     "merged": lambda: ((leaf(6, 5, 16), leaf(6, 7, 16), leaf(6, 7, 8)), {"l2norm_qk": False, "scale": 0.125}),
     "mask": lambda: (three(), {"mask": torch.rand(2, 7) < 0.8, "groups": 4}),
     "bias": lambda: (three(), {"attn_bias": leaf(4, 5, 7), "deterministic": True}),
+    "mask of pairs": lambda: (three(), {"mask": torch.rand(1, 4, 5, 7) < 0.8}),
+    "windows": lambda: (
+        three(),
+        {"mask": torch.rand(1, 2, 1, 5, 7) < 0.8, "attn_bias": leaf(1, 1, 4, 5, 7), "scale": torch.tensor(12.0)},
+    ),
     "half bias of the batch": lambda: (
         three(),
         {"attn_bias": leaf(2, 5, 7, dtype=torch.bfloat16), "attn_bias_batch_dim": True, "bias_bound": 9},
@@ -108,6 +113,8 @@ def test_every_kind_of_metadata_has_a_plan_of_its_own(kernels: Kernels, extensio
         dict(zip("qkv", (x.to(torch.bfloat16) for x in (q, k, v)), strict=True)),
         {"mask": torch.ones(2, 7, dtype=torch.bool)},
         {"mask": torch.ones(1, 7, dtype=torch.bool)},
+        {"mask": torch.ones(1, 1, 5, 7, dtype=torch.bool)},
+        {"mask": torch.ones(1, 2, 1, 5, 7, dtype=torch.bool)},
         {"attn_bias": torch.zeros(4, 5, 7)},
         {"attn_bias": torch.zeros(1, 4, 5, 7)},
         {"attn_bias": torch.zeros(4, 5, 7, dtype=torch.float16)},

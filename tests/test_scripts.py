@@ -143,6 +143,7 @@ def test_every_part_of_gpu_check_is_a_command_that_exists() -> None:
     lines = run("scripts/gpu_check", "--list").splitlines()
     parts = {line.split()[0].split("/")[0] for line in lines}
     assert parts == {
+        "extension",
         "tests",
         "sanitizer",
         "accuracy",

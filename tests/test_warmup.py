@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosattn import build, cache, selection, tiles_split, toolchain, warmup
+from cosattn import build, cache, host_build, selection, tiles_split, toolchain, warmup
 from cosattn.arch import ARCHS
 from cosattn.errors import ToolchainError
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
@@ -181,6 +181,31 @@ def test_asked_for_on_the_command_line_the_switch_does_not_count(fresh: Path, mo
     monkeypatch.setattr(build, "ensure", lambda spec: built.append(os.environ.get("COSATTN_DISABLE_JIT")) or "path")
     assert warmup.main(ONE) == 0
     assert built == [None]
+
+
+@pytest.mark.parametrize(("jobs", "way_out"), [("1", False), ("2", False), ("1", True)])
+def test_the_host_extension_is_built_where_torch_has_cuda(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], jobs: str, way_out: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("COSATTN_DISABLE_EXTENSION", "1" if way_out else "0")
+    tasks = warmup._tasks([fake_kernels.SPEC], dry_run=False)
+    assert list(tasks) == ([] if way_out else ["host"]) + ["forward_sm80_f16_d64"]
+    assert warmup.main([*ONE, "--dry-run", "--jobs", jobs]) == 0
+    assert capsys.readouterr().out.startswith("1 missing" if way_out else "2 missing")
+    if way_out:
+        return
+
+    def fail() -> Path:
+        raise ToolchainError("no compiler")
+
+    monkeypatch.setattr(build, "find", lambda spec: Path("/kernel.so"))
+    monkeypatch.setattr(host_build, "ensure", fail)
+    if jobs == "1":  # a pool has its own modules
+        assert warmup.main([*ONE, "--jobs", jobs]) == 1
+        captured = capsys.readouterr()
+        assert "FAILED host\nno compiler" in captured.err
+        assert captured.out.startswith("1 cached, 1 failed")
 
 
 def test_what_is_not_supported_is_said(
