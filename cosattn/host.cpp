@@ -231,6 +231,19 @@ struct GilRelease {
     ~GilRelease() { PyEval_RestoreThread(state); }
 };
 
+// --- What may be read
+
+bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) { return (keys | allowed) == allowed; }
+
+// Tensors without a rule of their own: no subclass, not sparse, lazy, negated, batched or functional.
+const c10::DispatchKeySet PLAIN_TENSOR =
+    c10::DispatchKeySet(c10::DispatchKeySet::RAW, c10::full_backend_mask) |
+    c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::AutogradFunctionality,
+                         c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCUDA,
+                         c10::DispatchKey::AutocastCPU});
+
+bool plain(const Tensor& tensor) { return within(tensor.key_set(), PLAIN_TENSOR); }
+
 // --- Backward
 
 struct Gradients {
@@ -306,6 +319,7 @@ class AttentionBackward : public Node {
         const c10::Device device = in.q.device();
         const c10::DeviceGuard guard(device);
         if (!dout.defined()) dout = at::zeros_like(out);
+        if (!plain(dout) || (dlse.defined() && !plain(dlse))) return false;
         Key key;
         for (const Tensor* tensor : {&in.q, &in.k, &in.v, &in.mask, &in.bias, &out, &std::as_const(dout)})
             key.add(*tensor);
@@ -399,24 +413,15 @@ enum {
     ARGUMENTS
 };
 
-// Tensors without a rule of their own: no subclass, not sparse, lazy, negated, batched or functional.
-const c10::DispatchKeySet PLAIN_TENSOR =
-    c10::DispatchKeySet(c10::DispatchKeySet::RAW, c10::full_backend_mask) |
-    c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::AutogradFunctionality,
-                         c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCUDA,
-                         c10::DispatchKey::AutocastCPU});
-
 // A thread in which operators do just what they say: no mode, transform or trace listens.
 const c10::DispatchKeySet PLAIN_THREAD =
     c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView,
                          c10::DispatchKey::AutocastCUDA, c10::DispatchKey::AutocastCPU});
 
-bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) { return (keys | allowed) == allowed; }
-
 bool read_tensor(PyObject* argument, Tensor& tensor) {
     if (!THPVariable_CheckExact(argument)) return false;
     tensor = THPVariable_Unpack(argument);
-    return tensor.defined() && within(tensor.key_set(), PLAIN_TENSOR);
+    return tensor.defined() && plain(tensor);
 }
 
 bool read_optional_tensor(PyObject* argument, Tensor& tensor) {

@@ -362,8 +362,7 @@ class Plan:
                     q, k, v, mask, bias, scale, out, lse, dout, dlse,
                     deterministic, bias_grad, scale_grad,
                 )  # fmt: skip
-        if dout is None:
-            dout = torch.zeros_like(out)
+        dout = torch.zeros_like(out) if dout is None else dout.resolve_neg()
         plan = self.backward_plan(q, k, v, mask, bias, out, dout, deterministic, bias_grad)
         kernel = plan.kernel
         if kernel is None:
@@ -379,7 +378,7 @@ class Plan:
             )  # fmt: skip
         lse = lse.contiguous()
         if dlse is not None:
-            dlse = dlse.contiguous()
+            dlse = dlse.resolve_neg().contiguous()
         dq = torch.empty_like(q) if plan.dq is None else q.new_empty_strided(*plan.dq)
         dk = torch.empty_like(k) if plan.dk is None else k.new_empty_strided(*plan.dk)
         dv = torch.empty_like(v) if plan.dv is None else v.new_empty_strided(*plan.dv)

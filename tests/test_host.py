@@ -160,7 +160,7 @@ def cuda_autocast(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
 
 
 def negated() -> Tensor:
-    return torch.randn(2, 4, 5, 16, dtype=torch.complex64).conj().imag
+    return torch._neg_view(torch.randn(2, 4, 5, 16))
 
 
 LEFT_TO_PYTHON: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[Any]]]] = {
@@ -258,6 +258,16 @@ def test_the_graph_looks_the_same(kernels: Kernels, way: str) -> None:
     out.grad_fn.register_prehook(lambda grads: seen.extend(grads[:1]))
     (out * 2).sum().backward()
     assert len(seen) == 2
+
+
+def test_negated_gradients_are_read_with_their_sign(kernels: Kernels) -> None:
+    q, k, v = three()
+    outs = attend(q, k, v, return_lse=True)
+    douts = [torch.randn_like(x) for x in outs]
+    expected = torch.autograd.grad(outs, (q, k, v), [-x for x in douts], retain_graph=True)
+    found = torch.autograd.grad(outs, (q, k, v), [torch._neg_view(x) for x in douts])
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_backward_twice(kernels: Kernels) -> None:
