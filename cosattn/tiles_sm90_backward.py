@@ -11,6 +11,8 @@ from cosattn.spec import KernelSpec
 BLOCK_M = 64
 """Queries of a tile."""
 DS_BUFFERS = 2
+P_BUFFERS = 2
+"""Tiles of P on their way from the warpgroup of dV to that of dK."""
 ALIGNMENT = 1024 - 128
 """Bytes lost at most: shared memory begins at a multiple of 128, a swizzle pattern at one of 1024."""
 
@@ -22,36 +24,45 @@ def padded(columns: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BackwardTiles:
-    """How the backward kernel is cut: some warpgroups own 64 keys each, one more brings the tiles of queries."""
+    """How the backward kernel is cut. A block owns parts of 64 keys and walks over tiles of queries.
 
-    warpgroups: int
-    """That own keys."""
+    Either each part has a warpgroup, and one more brings the tiles; or (``by_gradient``, one part) dV, dK and dQ have
+    a warpgroup each.
+    """
+
+    parts: int
+    """Of 64 keys."""
     stages: int
     """Tiles of queries in shared memory."""
-    resident: bool
-    """k_hat and v are operands in registers."""
-    query_warpgroup: bool
-    """dQ is the work of the warpgroup that brings the tiles; else of the two that own keys."""
-    fold: bool
+    registers: tuple[int, ...]
+    """Of a thread that owns keys, and of the others; by gradient: for dV, dK and dQ."""
+    by_gradient: bool = False
+    resident: bool = False
+    """By keys: k_hat and v are operands in registers."""
+    query_warpgroup: bool = False
+    """By keys: dQ is the work of the warpgroup that brings the tiles; else of the two that own keys."""
+    fold: bool = False
     """-lse and -delta are added by the products, as three bfloat16 parts each."""
-    registers: tuple[int, int]
-    """Of a thread that owns keys, and of the others."""
 
     @property
     def block_n(self) -> int:
         """Keys of a thread block."""
-        return 64 * self.warpgroups
+        return 64 * self.parts
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = padded(spec.head_dim), padded(spec.value_dim)
-        keys = self.block_n * (2 * d + dv)
+        keys = self.block_n * ((1 if self.by_gradient else 2) * d + dv)
         queries = self.stages * BLOCK_M * (d + dv)
         ds = DS_BUFFERS * self.block_n * BLOCK_M
-        dq = 0 if self.query_warpgroup else self.warpgroups * 64 * 64 * 4
-        barriers = 8 * (1 + 2 * self.stages + 2 * DS_BUFFERS + 2 * self.warpgroups)
+        if self.by_gradient:
+            between = 2 * P_BUFFERS * self.block_n * BLOCK_M
+            barriers = 8 * (1 + 2 * self.stages + 2 * P_BUFFERS + 2 * DS_BUFFERS)
+        else:
+            between = 0 if self.query_warpgroup else self.parts * 64 * 64 * 4
+            barriers = 8 * (1 + 2 * self.stages + 2 * DS_BUFFERS + 2 * self.parts)
         statistics = self.stages * (32 if self.fold else 8) * BLOCK_M
-        return 2 * (keys + queries + ds) + dq + statistics + barriers + ALIGNMENT
+        return 2 * (keys + queries + ds) + between + statistics + barriers + ALIGNMENT
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
@@ -65,20 +76,25 @@ def backward_tiles(spec: KernelSpec) -> BackwardTiles:
 def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
     fold = spec.dtype == "bfloat16"  # float16 has no room for parts of delta
     if spec.head_dim <= 32 and spec.value_dim <= 32:
-        return [BackwardTiles(3, 4, False, True, False, (144, 80))]
+        return [BackwardTiles(3, 4, (144, 80), query_warpgroup=True)]
     if spec.head_dim <= 64:
-        return [BackwardTiles(2, 4, True, True, fold, (216, 72))]
+        return [BackwardTiles(2, 4, (216, 72), resident=True, query_warpgroup=True, fold=fold)]
+    if max(spec.head_dim, spec.value_dim) > 128:
+        return [BackwardTiles(1, stages, (208, 216, 80), by_gradient=True) for stages in (3, 2)]
     registers = (240, 24) if spec.head_dim + spec.value_dim > 224 else (232, 40)
-    return [BackwardTiles(2, stages, False, False, False, registers) for stages in (3, 2)]
+    return [BackwardTiles(2, stages, registers) for stages in (3, 2)]
 
 
 def serves(spec: KernelSpec) -> bool:
-    """Whether the family has a backward kernel for a spec: what it lacks are biases, repeatable sums and wide rows."""
+    """Whether the family has a backward kernel for a spec.
+
+    What it lacks are biases, repeatable sums, and wide values of narrow keys.
+    """
     return (
         spec.dtype != "float32"
         and spec.bias is None
         and not spec.deterministic
-        and max(spec.head_dim, spec.value_dim) <= (64 if spec.head_dim <= 64 else 128)
+        and max(spec.head_dim, spec.value_dim) <= (64 if spec.head_dim <= 64 else 256)
         and spec.head_dim // spec.groups % 8 == 0
     )
 

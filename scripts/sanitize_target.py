@@ -80,6 +80,7 @@ TARGETS = (
     Target(windows=2, dtype="float32", causal=True, deterministic=True),
     Target(q_len=1, k_len=2001, heads=8, kv_heads=2),  # keys split over blocks
     Target(q_len=50, k_len=5000, head_dim=128, value_dim=128, causal=True, mask=True),
+    Target(heads=4, kv_heads=1, head_dim=192, value_dim=128, q_len=200, k_len=130, causal=True, mask=True),
 )
 
 

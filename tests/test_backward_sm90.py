@@ -40,6 +40,15 @@ PROBLEMS = [
     Problem(d=112, dv=80, sq=70, sk=200, strided=True),
     Problem(d=128, sq=200, heads=2, kv_heads=1),
     Problem(d=128, sq=65, softmax="online", scale=60.0),
+    Problem(d=72, dv=176, sq=70, sk=140, causal=True),
+    Problem(d=176, dv=136, sq=150, sk=90, causal=True, dlse=True, scale=0),
+    Problem(d=184, dv=24, sq=64, heads=4, kv_heads=1, dtype="float16"),
+    Problem(d=192, sq=130, sk=200, causal=True, mask=True, groups=3),
+    Problem(d=192, sq=1, sk=65, dtype="float16", softmax="online"),
+    Problem(d=256, sq=200, heads=2, kv_heads=1, mask=True),
+    Problem(d=256, sq=140, causal=True, dtype="float16", strided=True),
+    Problem(d=256, sq=65, l2norm=False, causal=True),
+    Problem(d=256, sq=70, sk=65, softmax="online", scale=60.0, groups=4),
 ]
 
 
@@ -58,6 +67,8 @@ def test_results(problem: Problem) -> None:
         Problem(d=64, causal=True, dtype="float16"),
         Problem(d=64),
         Problem(d=128, causal=True),
+        Problem(d=256, causal=True),
+        Problem(d=192, dtype="float16"),
     ],
     ids=str,
 )
@@ -87,7 +98,6 @@ def test_what_it_serves() -> None:
         {"dtype": "float32"},
         {"bias": "bfloat16"},
         {"deterministic": True},
-        {"head_dim": 136, "value_dim": 136},
         {"value_dim": 128},
         {"groups": 16},
     ):
@@ -97,18 +107,22 @@ def test_what_it_serves() -> None:
 
 
 def test_tiles_fit() -> None:
-    for d, dv in itertools.product(range(8, 129, 8), repeat=2):
+    for d, dv in itertools.product(range(8, 257, 8), repeat=2):
         for dtype in ("float16", "bfloat16"):
             spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=dv)
             if serves(spec):
                 tiles = backward_tiles(spec)
                 assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory
-                assert tiles.warpgroups * tiles.registers[0] + tiles.registers[1] <= 65536 // 128
+                shares = (
+                    tiles.registers if tiles.by_gradient else (tiles.registers[0],) * tiles.parts + tiles.registers[1:]
+                )
+                at_launch = 65536 // (128 * len(shares)) // 8 * 8
+                assert sum(shares) <= at_launch * len(shares)
                 assert all(columns % 8 == 0 and columns <= 256 for columns in wgmma_columns(spec))
                 assert BLOCK_M in wgmma_columns(spec)
 
 
-@pytest.mark.parametrize("d", [32, 64, 96, 128])
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_shared_bytes_are_those_of_the_source(d: int, dtype: str, tmp_path: Path) -> None:
     spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d)  # type: ignore[arg-type]
@@ -118,7 +132,7 @@ def test_shared_bytes_are_those_of_the_source(d: int, dtype: str, tmp_path: Path
 
 
 @needs_nvcc
-@pytest.mark.parametrize("d", [32, 64, 96, 112, 128])
+@pytest.mark.parametrize("d", [32, 64, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("features", [{}, {"causal": True}, {"softmax": "online"}, {"mask": True}], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_products_are_not_serialised(d: int, features: dict[str, object], dtype: str, tmp_path: Path) -> None:
