@@ -17,16 +17,13 @@ from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cosattn import env
 from cosattn.errors import CosattnError
-
-if TYPE_CHECKING:
-    from cosattn.plan import Plan
 
 logger = logging.getLogger("cosattn")
 
@@ -36,6 +33,16 @@ attend: Callable[..., Any] | None = None
 _extension: Any = None
 _begun = False
 _lock = threading.Lock()
+
+
+class Plan(Protocol):
+    """What this module needs of ``plan.Plan``."""
+
+    host: int
+
+    def for_host(self) -> dict[str, Any] | None: ...
+
+    def backward_for_host(self, *arguments: Any) -> tuple[Any, ...] | None: ...
 
 
 def begin(gradients: Callable[..., Any]) -> None:
