@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cosattn import tiles_sm90_backward, tiles_sm90_forward, tiles_split
+from cosattn import tiles_short, tiles_sm90_backward, tiles_sm90_forward, tiles_split
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
 
@@ -12,32 +12,36 @@ from cosattn.spec import KernelSpec
 def family_of(spec: KernelSpec) -> str:
     """The fastest family of the architecture that serves ``spec``; ``sm80`` serves everything.
 
+    ``short`` (one launch, all keys of a head in shared memory) serves what has a size class.
     ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers. Masks
     over pairs, which are those of windows, are sm80's too. ``split`` serves few queries of many keys.
     """
     if spec.split:
         return "split"
+    if spec.short:
+        return "short"
     for family in ARCHS[spec.arch].families:
-        if family == "sm80" or (
-            not spec.short and not spec.pair_mask and spec.dtype != "float32" and _serves_sm90(spec)
-        ):
+        if family == "sm80" or (not spec.few and not spec.pair_mask and spec.dtype != "float32" and _serves_sm90(spec)):
             return family
     raise AssertionError(f"no family serves {spec.name}")
 
 
-def short_rows(spec: KernelSpec) -> int:
-    """Up to so many queries the sm80 kernels are the faster ones, since their blocks have fewer rows; 0 for never."""
+def few_rows(spec: KernelSpec) -> int:
+    """Up to so many queries the sm80 kernels beat those of sm90, whose blocks have more rows; 0 for never."""
     widest = max(spec.head_dim, spec.value_dim)
-    if widest > 64 or family_of(replace(spec, short=False, split=0)) == "sm80":
+    if widest > 64 or family_of(replace(spec, few=False, short=0, split=0)) == "sm80":
         return 0
     return 128 if spec.direction == "backward" and widest <= 32 else 64
 
 
-def sized(spec: KernelSpec, q_len: int, k_len: int = 0, group: int = 1, heads: int = 1) -> KernelSpec:
+def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int = 1) -> KernelSpec:
     """The spec of a call with so many queries and keys, query heads to a key head, and key heads of all the batch."""
     if rows := tiles_split.tile_rows(spec, q_len, k_len, group, heads):
-        return replace(spec, short=False, split=rows, causal=spec.causal and q_len > 1)  # one row sees every key
-    return replace(spec, short=q_len <= short_rows(spec), split=0)
+        return replace(spec, few=False, short=0, split=rows, causal=spec.causal and q_len > 1)  # one row sees every key
+    spec = replace(spec, few=False, short=0, split=0)
+    if group == 1 and tiles_short.measured(spec, q_len, k_len):
+        return replace(spec, short=tiles_short.size_class(spec, q_len, k_len))
+    return replace(spec, few=q_len <= few_rows(spec))
 
 
 def _serves_sm90(spec: KernelSpec) -> bool:

@@ -460,7 +460,8 @@ class Plan:
     ) -> Backward:
         assert self._spec is not None
         spec = replace(self._spec, direction="backward", deterministic=deterministic, bias_grad=bias_grad)
-        spec = families.sized(spec, self._sizes.q_len)
+        group = self._sizes.q_heads // self._sizes.kv_heads
+        spec = families.sized(spec, self._sizes.q_len, self._sizes.k_len, group)
         kernel: launch.Kernel | None = None
         try:
             kernel = load(spec)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from cosattn import tiles, tiles_sm90_backward, tiles_sm90_forward, tiles_split
+from cosattn import tiles, tiles_short, tiles_sm90_backward, tiles_sm90_forward, tiles_split
 from cosattn.arch import ARCHS
 from cosattn.families import family_of
 from cosattn.spec import KernelSpec
@@ -84,6 +84,8 @@ _CUTS = {
     ("sm80", "forward"): tiles.cuts,
     ("sm80", "backward"): tiles.cuts,
     ("split", "forward"): tiles_split.cuts,
+    ("short", "forward"): tiles_short.cuts,
+    ("short", "backward"): tiles_short.cuts,
     ("sm90", "forward"): tiles_sm90_forward.cuts,
     ("sm90", "backward"): tiles_sm90_backward.cuts,
 }

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cosattn import tiles_split
+from cosattn import tiles_short, tiles_split
 from cosattn.arch import ARCHS
-from cosattn.families import short_rows
+from cosattn.families import few_rows
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
 
 _SWITCH = {"no": [False], "yes": [True], "both": [False, True]}
@@ -18,7 +18,7 @@ _SWITCHES = {
     "mask": "a boolean mask over keys",
     "pair-mask": "a boolean mask over queries and keys",
     "l2norm": "normalise q and k inside the kernel",
-    "short": "at most 64 queries of narrow heads (sm90 only; backward up to d 32: 128)",
+    "few": "at most 64 queries of narrow heads (sm90 only; backward up to d 32: 128)",
     "deterministic": "bitwise repeatable gradients (backward only)",
     "bias-grad": "the bias requires a gradient (backward only)",
 }
@@ -60,6 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROWS",
         help="rows of a tile where the keys of few queries are split, as in a kernel's name; default: 0, not split",
     )
+    group.add_argument(
+        "--short",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="ROWS",
+        help="size class of short sequences, as in a kernel's name; default: 0, of any length",
+    )
     for name, meaning in _SWITCHES.items():
         group.add_argument(
             f"--{name}",
@@ -74,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]:
     """The kernels that parsed options select for these architectures, each once, in a stable order.
 
-    A combination that names no kernel (a bias gradient without a bias, two directions of ``deterministic``, short calls
-    of what one kernel serves at every length) collapses onto the one it is equal to.
+    A combination that names no kernel (a bias gradient without a bias, two directions of ``deterministic``, sizes that
+    change nothing or that no kernel is for) collapses onto the one it is equal to.
     """
     chosen: dict[KernelSpec, None] = {}
     axes = itertools.product(
@@ -91,7 +99,8 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         [None if bias == "none" else bias for bias in options.bias],
         options.softmax or [None],
         options.direction,
-        _SWITCH[options.short],
+        _SWITCH[options.few],
+        options.short,
         options.split,
         _SWITCH[options.deterministic],
         _SWITCH[options.bias_grad],
@@ -109,6 +118,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         bias,
         softmax,
         direction,
+        few,
         short,
         split,
         repeatable,
@@ -132,9 +142,12 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
             bias_grad=bias_grad and backward and bias is not None,
         )
         if split and tiles_split.serves(spec):
-            chosen[replace(spec, split=split)] = None
-        else:
-            chosen[replace(spec, short=short and short_rows(spec) > 0)] = None
+            spec = replace(spec, split=split)
+        elif short and tiles_short.size_class(spec, short, short) == short:
+            spec = replace(spec, short=short)
+        elif few:
+            spec = replace(spec, few=few_rows(spec) > 0)
+        chosen[spec] = None
     return list(chosen)
 
 
@@ -154,6 +167,8 @@ def command_for(spec: KernelSpec) -> str:
     if spec.bias is not None:
         words.append(f"--bias {spec.bias}")
     words.append(f"--softmax {spec.softmax}")
+    if spec.short:
+        words.append(f"--short {spec.short}")
     if spec.split:
         words.append(f"--split {spec.split}")
     for name in _SWITCHES:

@@ -49,8 +49,10 @@ class KernelSpec:
     bias: DType | None = None
     """Type of the additive bias, None without one."""
     softmax: Softmax = "bounded"
-    short: bool = False
-    """Few queries, where that changes the kernel: ``families.sized``."""
+    few: bool = False
+    """Few queries, where that leaves a call to the family with the smaller blocks: ``families.sized``."""
+    short: int = 0
+    """Size class of a short sequence, 0 where lengths do not change the kernel: ``families.sized``."""
     split: int = 0
     """Forward only: rows of a tile where the keys are split over blocks, 0 elsewhere: ``families.sized``."""
     deterministic: bool = False
@@ -78,8 +80,10 @@ class KernelSpec:
             parts.append(f"bias-{_SHORT[self.bias]}" + ("-grad" if self.bias_grad else ""))
         if self.softmax == "online":
             parts.append("online")
+        if self.few:
+            parts.append("few")
         if self.short:
-            parts.append("short")
+            parts.append(f"short{self.short}")
         if self.split:
             parts.append(f"split{self.split}")
         if self.deterministic:

@@ -31,12 +31,13 @@ class ForwardTiles:
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         size = 4 if spec.dtype == "float32" else 2
-        along = size * _pad16(spec.head_dim) + 16
-        across = size * _pad16(spec.value_dim) + 16
+        along = size * pad16(spec.head_dim) + 16
+        across = size * pad16(spec.value_dim) + 16
         return max(self.block_m * along + self.stages * self.block_n * (along + across), self.block_m * across)
 
 
-def _pad16(columns: int) -> int:
+def pad16(columns: int) -> int:
+    """Columns of a tile in shared memory."""
     return (columns + 15) // 16 * 16
 
 
@@ -125,13 +126,13 @@ class BackwardTiles:
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         size = 4 if spec.dtype == "float32" else 2
-        pitches = _pad16(spec.head_dim) + _pad16(spec.value_dim) + 16
+        pitches = pad16(spec.head_dim) + pad16(spec.value_dim) + 16
         exchanged = self.ds_tiles(spec) + (1 if self.splits > 1 else 0)
-        ds = exchanged * self.block_n * (_pad16(self.block_m) + (4 if size == 4 else 8))
+        ds = exchanged * self.block_n * (pad16(self.block_m) + (4 if size == 4 else 8))
         tiles = size * (self.block_n * pitches + self.stages * self.block_m * pitches + ds)
         return max(
             tiles + self.stages * 2 * self.block_m * 4,
-            4 * self.block_n * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 16),
+            4 * self.block_n * (pad16(spec.head_dim) + pad16(spec.value_dim) + 16),
         )
 
 
@@ -154,7 +155,7 @@ class QueryTiles:
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as QUERY_SHARED_BYTES in the template."""
         size = 4 if spec.dtype == "float32" else 2
-        return size * (self.block_m + 2 * self.block_n) * (_pad16(spec.head_dim) + _pad16(spec.value_dim) + 16)
+        return size * (self.block_m + 2 * self.block_n) * (pad16(spec.head_dim) + pad16(spec.value_dim) + 16)
 
 
 def query_tiles(spec: KernelSpec) -> QueryTiles:

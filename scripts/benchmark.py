@@ -9,6 +9,7 @@
     python scripts/benchmark.py --suite today      the same for S up to 4096, theirs normalising under torch.compile
     python scripts/benchmark.py --suite flat       cosattn alone, S 64k ... 1M
     python scripts/benchmark.py --suite windows    vision windows with bias and mask
+    python scripts/benchmark.py --suite short      many heads of 49 ... 512 tokens, eager, compiled and as CUDA graphs
     python scripts/benchmark.py --suite memory     peak extra memory
     python scripts/benchmark.py --suite host       host time per call, first call cold and warm
 
@@ -46,6 +47,7 @@ from cases import OURS, SCALE, Case, Inputs, cosattn_work, make_inputs, row_of
 from machine import environment
 from plot import Line, Panel, figure
 from sensor import sensor
+from short_sequences import run_short, short_cases
 
 from cosattn import cosine_attention
 from cosattn.arch import arch_of
@@ -329,9 +331,9 @@ def needed_specs(cases: Iterable[Case], device: torch.device) -> list[KernelSpec
             bias=dtype if case.bias else None,
             softmax=softmax_mode(case.dtype, None if case.bias else SCALE),
         )
-        specs[sized(forward, case.seq_len)] = None
+        specs[sized(forward, case.seq_len, case.seq_len)] = None
         if case.direction != "forward":
-            specs[sized(replace(forward, direction="backward", bias_grad=case.bias), case.seq_len)] = None
+            specs[sized(replace(forward, direction="backward", bias_grad=case.bias), case.seq_len, case.seq_len)] = None
     return list(specs)
 
 
@@ -427,6 +429,7 @@ TIMED: dict[str, Suite] = {
     "tables": Suite(table_cases, run_table),
     "speed": Suite(speed_cases, run_speed),
     "windows": Suite(window_cases, run_windows),
+    "short": Suite(short_cases, run_short, budget_s=0.05),
     "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True),
     "today": GRID(hopper.today_cases, hopper.run_today, rivals=True),
     "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3),
@@ -503,9 +506,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--heads", type=int, default=8)
     p.add_argument("--head-dim", nargs="+", type=int, help="default: those of the suite, 64 for the tables")
-    p.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], help="hopper, today")
+    p.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], help="hopper, today, short")
     only = p.add_mutually_exclusive_group()
-    only.add_argument("--causal-only", action="store_true", help="hopper, today, flat")
+    only.add_argument("--causal-only", action="store_true", help="hopper, today, flat, short")
     only.add_argument("--full-only", action="store_true", help="hopper, today, flat")
     p.add_argument(
         "--rivals",

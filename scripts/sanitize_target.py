@@ -72,6 +72,12 @@ TARGETS = (
     Target(tensor_scale=True, groups=8, causal=True, lse=True),
     Target(head_dim=256, value_dim=256, q_len=33, k_len=65),
     Target(head_dim=8, value_dim=8, q_len=1, k_len=7),
+    Target(q_len=64, k_len=64, causal=True),  # the kernels for short sequences
+    Target(q_len=100, k_len=128, head_dim=32, value_dim=32, mask=True, causal=True, heads=4, kv_heads=2),
+    Target(q_len=150, k_len=150, head_dim=32, value_dim=32, bias=True, lse=True),
+    Target(q_len=130, k_len=144, tensor_scale=True, groups=8),
+    Target(q_len=50, k_len=64, head_dim=128, value_dim=96, dtype="float16"),
+    Target(batch=40, heads=10, kv_heads=10, q_len=49, k_len=49, head_dim=32, value_dim=32, bias=True),
     Target(l2norm=False, deterministic=True, causal=True, k_len=200),
     Target(batch=4, heads=40, kv_heads=40, q_len=300, k_len=300, causal=True),  # several tiles a multiprocessor
     Target(batch=3, heads=60, kv_heads=60, q_len=200, k_len=100, head_dim=128, value_dim=128),

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hopper import SUMMARY_HEADER, best_rival, summary_rows
 from plot import Line, Panel, figure
+from short_sequences import EAGER
 
 from cosattn import env, support
 from cosattn.arch import ARCHS
@@ -257,6 +258,28 @@ def windows_block(results: Results) -> str:
     return "\n\n".join([table(header, lines), machine(result), *plot])
 
 
+def short_sequences_block(results: Results) -> str:
+    """Short sequences: microseconds, times eager and times the better of the compiled rivals, one line a shape."""
+    result = results.get("short")
+    if result is None:
+        return missing("short")
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        case, ms = row["case"], milliseconds(row, OURS)
+        rivals = [value for name, value in row["ratios"].items() if name.endswith("compiled")]
+        place = f"d {case['head_dim']}, S {case['seq_len']}, {case['batch'] * case['heads']} heads"
+        if ms is not None:
+            times = [f"{row['ratios'][EAGER]:.1f}×"] * (EAGER in row["ratios"]) + [f"{min(rivals or [0]):.1f}×"]
+            floor = f"{row['floor_ms'] / ms:.0%} of the copy rate"
+            cells.setdefault(place, {})[case["direction"]] = f"{1e3 * ms:.1f} ({', '.join(times)}; {floor})"
+    names = ("forward", "backward", "both")
+    lines = [[place, *(found.get(name, "-") for name in names)] for place, found in cells.items()]
+    note = (
+        "Microseconds; in brackets times eager normalise + SDPA and the better of compiled normalise + cuDNN or FA2. "
+    )
+    return "\n\n".join([table(["bfloat16", *names], lines), note + machine(result)])
+
+
 def memory_block(results: Results) -> str:
     """Peak extra memory of forward and backward."""
     result = results.get("memory")
@@ -400,6 +423,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "hopper": hopper_block,
     "hopper-short": hopper_short_block,
     "windows": windows_block,
+    "short-sequences": short_sequences_block,
     "memory": memory_block,
     "host": host_block,
     "accuracy": accuracy_block,

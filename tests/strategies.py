@@ -102,8 +102,8 @@ CPU_SPECS: tuple[Spec, ...] = (
 )
 """The CPU path also takes float64 and any head dim."""
 
-EDGES = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
-"""Lengths around the edges of tiles."""
+EDGES = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 49, 50, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 161, 256, 257)
+"""Lengths around the edges of tiles, and of the size classes of short sequences."""
 
 VALUES = ("normal", "normal", "normal", "equal_qk", "opposite_qk", "same_keys", "zeros", "uneven", "huge")
 LAYOUTS = ("dense", "dense", "heads_last", "packed", "padded", "misaligned", "strided")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sass import Cubin, compile_source, compile_spec, nvdisasm
 from cosattn import toolchain
 from cosattn.arch import ARCHS
 from cosattn.errors import ToolchainError
-from cosattn.families import family_of, sized
+from cosattn.families import family_of, few_rows
 from cosattn.spec import KernelSpec
 
 PROBLEMS = [
@@ -40,10 +41,10 @@ PROBLEMS = [
     Problem(dtype="float32", d=64, arch="sm89", deterministic=True, mask=True),
     Problem(dtype="float16", d=64, arch="sm80", deterministic=True, bias="float32"),
 ]
-# What the sm80 family serves: on sm90, short calls of narrow heads among it.
+# What the sm80 family serves: on sm90, few queries of narrow heads among it.
 SPECS = [
     spec
-    for spec in dict.fromkeys(sized(spec, 1) for problem in PROBLEMS for spec in specs(problem))
+    for spec in dict.fromkeys(replace(spec, few=few_rows(spec) > 0) for problem in PROBLEMS for spec in specs(problem))
     if family_of(spec) == "sm80"
 ]
 MAIN = {"forward": ["forward"], "backward": ["backward_keys"]}

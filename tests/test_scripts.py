@@ -150,6 +150,7 @@ def test_every_part_of_gpu_check_is_a_command_that_exists() -> None:
         "hopper",
         "speed",
         "windows",
+        "short",
         "memory",
         "host",
         "tables",

@@ -10,11 +10,12 @@ struct Launch {
     bool overlap;  // programmatic dependent launch: the kernel calls wait_for_previous_kernel() itself
 };
 
-// Shared memory above 48 KB has to be allowed, once for a kernel and device. Asking each time costs a microsecond.
+// Shared memory above 48 KB has to be allowed, once for a kernel, device and size. Asking each time costs a microsecond.
 inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
     struct Allowed {
         const void* kernel;
         int device;
+        int bytes;
     };
     constexpr int CAPACITY = 64;
     static thread_local Allowed allowed[CAPACITY];
@@ -22,11 +23,14 @@ inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
     int device = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status != cudaSuccess) return status;
-    for (int i = 0; i < count; ++i)
-        if (allowed[i].kernel == kernel && allowed[i].device == device) return cudaSuccess;
+    int place = 0;
+    while (place < count && (allowed[place].kernel != kernel || allowed[place].device != device)) ++place;
+    if (place < count && allowed[place].bytes >= bytes) return cudaSuccess;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (status == cudaSuccess && count < CAPACITY) allowed[count++] = Allowed{kernel, device};
-    return status;
+    if (status != cudaSuccess || place == CAPACITY) return status;
+    allowed[place] = Allowed{kernel, device, bytes};
+    if (place == count) ++count;
+    return cudaSuccess;
 }
 
 // Multiprocessors of the current device.

@@ -21,17 +21,20 @@ template <class T> constexpr int pitch_across(int columns) { return pad16(column
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp_id() { return int(threadIdx.x) / 32; }
+// The same, and the compiler knows that all lanes agree: branches on it need no reconvergence. Called by whole warps.
+__device__ __forceinline__ int uniform_warp_id() { return __shfl_sync(0xffffffffu, warp_id(), 0); }
 
 // ---- copies -------------------------------------------------------------------------------------------------------
 
 // Start copying ROWS rows of COLUMNS elements into a tile. Rows from rows_valid on, and the columns up to the next
 // multiple of 16, become zeros.
 template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
-__device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_t row_stride, int rows_valid) {
+__device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_t row_stride, int rows_valid,
+                                                int thread = int(threadIdx.x)) {
     constexpr int VECTOR = 16 / int(sizeof(T));
     constexpr int PER_ROW = pad16(COLUMNS) / VECTOR;
     if constexpr (THREADS < PER_ROW) {  // a row is wider than the block
-        for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
+        for (int i = thread; i < ROWS * PER_ROW; i += THREADS) {
             const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
             copy_async16(tile + row * PITCH + column, global + row * row_stride + column,
                          row < rows_valid && column < COLUMNS);
@@ -40,8 +43,8 @@ __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_
     }
     constexpr int ROWS_PER_PASS = THREADS < PER_ROW ? 1 : THREADS / PER_ROW;
     constexpr int PASSES = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
-    const int column = int(threadIdx.x) % PER_ROW * VECTOR;
-    int row = int(threadIdx.x) / PER_ROW;
+    const int column = thread % PER_ROW * VECTOR;
+    int row = thread / PER_ROW;
     if (THREADS % PER_ROW != 0 && row == ROWS_PER_PASS) return;  // threads left over
     const T* source = global + row * row_stride + column;
     T* target = tile + row * PITCH + column;
@@ -51,6 +54,19 @@ __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_
         row += ROWS_PER_PASS;
         source += ROWS_PER_PASS * row_stride;
         target += ROWS_PER_PASS * PITCH;
+    }
+}
+
+// All rows of a head: `rows` of them, zeros from rows_valid on.
+template <int COLUMNS, int PITCH, int THREADS, class T>
+__device__ __forceinline__ void copy_head_async(T* tile, const T* global, int64_t row_stride, int rows_valid,
+                                                int rows) {
+    constexpr int PER_ROW = pad16(COLUMNS) * int(sizeof(T)) / 16;
+#pragma unroll 4
+    for (int i = int(threadIdx.x); i < rows * PER_ROW; i += THREADS) {
+        const int row = i / PER_ROW, column = i % PER_ROW * (16 / int(sizeof(T)));
+        copy_async16(tile + row * PITCH + column, global + row * row_stride + column,
+                     row < rows_valid && column < COLUMNS);
     }
 }
 
@@ -66,10 +82,11 @@ __device__ __forceinline__ void clear_rows(T* tile, Keep keep) {
 
 // Rows of a tile to global memory.
 template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
-__device__ __forceinline__ void store_rows(T* global, int64_t row_stride, const T* tile, int rows_valid) {
+__device__ __forceinline__ void store_rows(T* global, int64_t row_stride, const T* tile, int rows_valid,
+                                           int thread = int(threadIdx.x)) {
     constexpr int VECTOR = 16 / int(sizeof(T)), PER_ROW = COLUMNS / VECTOR;
 #pragma unroll 4
-    for (int i = int(threadIdx.x); i < ROWS * PER_ROW; i += THREADS) {
+    for (int i = thread; i < ROWS * PER_ROW; i += THREADS) {
         const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
         if (row < rows_valid)
             *reinterpret_cast<uint4*>(global + row * row_stride + column) =

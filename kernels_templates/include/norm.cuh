@@ -98,13 +98,14 @@ struct KeepAll {
 };
 template <int ROWS, int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T,
           class Keep = KeepAll>
-__device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep = Keep()) {
+__device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep = Keep(),
+                                               int thread = int(threadIdx.x)) {
     constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES,
                   PASSES = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
     constexpr int BATCH = PASSES % 4 == 0 ? 4 : 1;  // rows of a lane that are under way together
-    const int lane = int(threadIdx.x) % LANES;
+    const int lane = thread % LANES;
     for (int pass = 0; pass < PASSES; pass += BATCH) {
-        const int first = pass * ROWS_PER_PASS + int(threadIdx.x) / LANES;
+        const int first = pass * ROWS_PER_PASS + thread / LANES;
         const auto inside = [&](int i) {
             return lane * 8 < D && (ROWS % ROWS_PER_PASS == 0 || first + i * ROWS_PER_PASS < ROWS);
         };
@@ -116,6 +117,27 @@ __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep 
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) normalize8<D, GROUPS, NORMALIZE, FINITE>(x[i], factor, lane);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (inside(i)) store8(tile + (first + i * ROWS_PER_PASS) * PITCH + lane * 8, x[i]);
+    }
+}
+
+// All keys of a head: `rows` rows, in place.
+template <int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T, class Keep = KeepAll>
+__device__ __forceinline__ void normalize_head_tile(T* tile, int rows, Keep keep = Keep()) {
+    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, BATCH = 4;  // rows of a lane that are under way
+    const int lane = int(threadIdx.x) % LANES;
+    for (int pass = 0; pass < rows; pass += BATCH * ROWS_PER_PASS) {
+        const int first = pass + int(threadIdx.x) / LANES;
+        const auto inside = [&](int i) { return lane * 8 < D && first + i * ROWS_PER_PASS < rows; };
+        float x[BATCH][8] = {};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (inside(i) && keep(first + i * ROWS_PER_PASS))
+                load8(x[i], tile + (first + i * ROWS_PER_PASS) * PITCH + lane * 8);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) normalize8<D, GROUPS, NORMALIZE, FINITE>(x[i], 1.f, lane);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i)
             if (inside(i)) store8(tile + (first + i * ROWS_PER_PASS) * PITCH + lane * 8, x[i]);

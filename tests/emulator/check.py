@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cosattn.reference import cosine_attention_reference, repeated
 from cosattn.spec import DType, KernelSpec, Softmax
+from cosattn.tiles_short import size_class
 from emulator import harness
 
 TORCH = {name: dtype for dtype, name in harness.DTYPES.items()}
@@ -53,6 +54,8 @@ class Problem:
     strided: bool = False
     """(B, S, H, D) storage, expanded keys."""
     arch: str = "sm80"
+    short: bool = False
+    """The kernels for short sequences, where they are able to serve it."""
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -131,13 +134,14 @@ def specs(problem: Problem) -> Iterator[KernelSpec]:
         bias=t.bias,
         softmax=problem.softmax,
     )
-    yield forward
-    yield replace(
+    backward = replace(
         forward,
         direction="backward",
         deterministic=problem.deterministic,
         bias_grad=problem.bias is not None and problem.bias_grad,
     )
+    for spec in (forward, backward):
+        yield replace(spec, short=size_class(spec, t.q.shape[2], t.k.shape[2])) if problem.short else spec
 
 
 def exact(problem: Problem, t: Tensors) -> dict[str, Tensor]:
