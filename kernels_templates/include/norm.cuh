@@ -126,7 +126,7 @@ __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep 
 // All keys of a head: `rows` rows, in place.
 template <int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T, class Keep = KeepAll>
 __device__ __forceinline__ void normalize_head_tile(T* tile, int rows, Keep keep = Keep()) {
-    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, BATCH = 4;  // rows of a lane that are under way
+    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, BATCH = 4;  // rows of a lane at once
     const int lane = int(threadIdx.x) % LANES;
     for (int pass = 0; pass < rows; pass += BATCH * ROWS_PER_PASS) {
         const int first = pass + int(threadIdx.x) / LANES;
