@@ -50,20 +50,20 @@ def library(source: str, headers: Mapping[str, str] | None = None) -> Path:
     target = cache_directory() / f"{digest}.so"
     if target.exists():
         return target
-    folder = cache_directory() / digest
-    for name, text in headers.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    folder.mkdir(exist_ok=True)
-    kernel = folder / "kernel.cpp"
-    kernel.write_text(source)
-    _compile([*_KERNEL, f"-I{folder}", "-c", str(kernel), "-o", str(folder / "kernel.o")])
-    # Linked without -fsanitize=thread: the machine defines what the instrumentation calls.
-    private = target.with_suffix(f".{os.getpid()}")
-    link = ["-shared", "-Wl,--no-undefined", f"-Wl,-rpath,{machine.parent}", str(folder / "kernel.o"), str(machine)]
-    _compile([*link, "-o", str(private)])
-    private.replace(target)
+    # In a folder of its own: other processes may be at the same source.
+    with tempfile.TemporaryDirectory(dir=cache_directory()) as name:
+        folder = Path(name)
+        for header, text in headers.items():
+            path = folder / header
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        kernel, object_file, private = (folder / file for file in ("kernel.cpp", "kernel.o", "kernel.so"))
+        kernel.write_text(source)
+        _compile([*_KERNEL, f"-I{folder}", "-c", str(kernel), "-o", str(object_file)])
+        # Linked without -fsanitize=thread: the machine defines what the instrumentation calls.
+        link = ["-shared", "-Wl,--no-undefined", f"-Wl,-rpath,{machine.parent}", str(object_file), str(machine)]
+        _compile([*link, "-o", str(private)])
+        private.replace(target)
     return target
 
 
