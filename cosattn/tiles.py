@@ -36,8 +36,12 @@ class ForwardTiles:
         return max(self.block_m * along + self.stages * self.block_n * (along + across), self.block_m * across)
 
 
+BLOCK_RESERVED = 1024
+"""Bytes of shared memory that the machine keeps of each thread block, beside the most that a block may have."""
+
+
 def pad16(columns: int) -> int:
-    """Columns of a tile in shared memory."""
+    """Columns of a tile in shared memory, and of what a product sums into."""
     return (columns + 15) // 16 * 16
 
 

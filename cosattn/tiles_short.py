@@ -11,10 +11,7 @@ from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import pad16
-
-RESERVED = 1024
-"""Bytes of shared memory the machine keeps of each block."""
+from cosattn.tiles import BLOCK_RESERVED, pad16
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,7 @@ def backward_tiles(spec: KernelSpec) -> BackwardTiles:
     )
     registers = (128, 168, 255) if key_blocks == 1 else (168, 255, 255)
     a_block = 32 * tiles.warps * registers[0 if widest <= 32 else 1 if widest <= 64 else 2]
-    by_memory = (ARCHS[spec.arch].shared_memory + RESERVED) // (tiles.shared_bytes(spec) + RESERVED)
+    by_memory = (ARCHS[spec.arch].shared_memory + BLOCK_RESERVED) // (tiles.shared_bytes(spec) + BLOCK_RESERVED)
     return replace(tiles, blocks_per_sm=max(1, min(by_memory, 65536 // a_block)))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
+from cosattn.tiles import pad16
 
 BLOCK_M = 64
 """Queries of a tile."""
@@ -101,7 +102,7 @@ def serves(spec: KernelSpec) -> bool:
 
 def wgmma_columns(spec: KernelSpec) -> list[int]:
     """Columns of the accumulators that the kernel multiplies into."""
-    d, dv = ((columns + 15) // 16 * 16 for columns in (spec.head_dim, spec.value_dim))
+    d, dv = pad16(spec.head_dim), pad16(spec.value_dim)
     return sorted({BLOCK_M, d, dv, min(d, 64)})
 
 

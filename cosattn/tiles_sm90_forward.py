@@ -7,6 +7,7 @@ from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
+from cosattn.tiles import pad16
 
 BARRIER_BYTES = 512
 ALIGNMENT = 1024
@@ -101,7 +102,7 @@ def serves(spec: KernelSpec) -> bool:
 def wgmma_columns(spec: KernelSpec) -> list[int]:
     """Columns of the accumulators that the kernel multiplies into."""
     tiles = forward_tiles(spec)
-    return sorted({tiles.block_n, (spec.value_dim + 15) // 16 * 16})
+    return sorted({tiles.block_n, pad16(spec.value_dim)})
 
 
 def cuts(spec: KernelSpec) -> dict[str, Any]:

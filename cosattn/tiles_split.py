@@ -7,6 +7,7 @@ from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
+from cosattn.tiles import BLOCK_RESERVED, pad16
 
 ROWS = (16, 32, 64, 128)
 """Rows of a tile: ``KernelSpec.split``."""
@@ -36,13 +37,9 @@ class SplitTiles:
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
-        along, across = _pad16(spec.head_dim) + 8, _pad16(spec.value_dim) + 8
+        along, across = pad16(spec.head_dim) + 8, pad16(spec.value_dim) + 8
         tiles = 2 * (self.block_m * along + self.stages * self.block_n * (along + across))
         return max(tiles, 4 * 16 * self.warps * (across + 2))
-
-
-def _pad16(columns: int) -> int:
-    return (columns + 15) // 16 * 16
 
 
 def serves(spec: KernelSpec) -> bool:
@@ -86,8 +83,7 @@ def split_tiles(spec: KernelSpec) -> SplitTiles:
     """The first candidate, fastest first, that fits the architecture's shared memory."""
     arch = ARCHS[spec.arch]
     for tiles in _candidates(spec):
-        # a block takes 1 KB of its own, and a multiprocessor has that for one block more than the limit of one
-        if tiles.blocks_per_sm * (tiles.shared_bytes(spec) + 1024) <= arch.shared_memory + 1024:
+        if tiles.blocks_per_sm * (tiles.shared_bytes(spec) + BLOCK_RESERVED) <= arch.shared_memory + BLOCK_RESERVED:
             return tiles
     raise AssertionError(f"no split tile fits {spec.name}")
 

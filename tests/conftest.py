@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_kernel import STREAM, EmulatedKernel, extension_in_use, scratch_memory
+from emulated_kernel import EmulatedKernel, emulated_kernels, extension_in_use
 from hypothesis import HealthCheck, Phase, settings
 
-from cosattn import functional, host, host_build, launch, plan
+from cosattn import host, host_build
 from cosattn.arch import arch_of
 from cosattn.spec import KernelSpec
 
@@ -63,15 +63,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def kernels(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[KernelSpec, EmulatedKernel]]:
-    """Emulated kernels by spec, in the order they were asked for; no plan is left behind."""
-    found: dict[KernelSpec, EmulatedKernel] = {}
-    monkeypatch.setattr(plan, "load", lambda spec: found.setdefault(spec, EmulatedKernel(spec)))
-    monkeypatch.setattr(plan, "architecture", lambda device: "sm90")
-    monkeypatch.setattr(plan, "plans", {})
-    monkeypatch.setattr(functional, "plans", plan.plans)
-    monkeypatch.setattr(launch, "current_device", lambda: -1)
-    monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
-    with scratch_memory(monkeypatch):
+    with emulated_kernels(monkeypatch) as found:
         yield found
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cosattn import abi, autograd, cpu, functional, host, launch, plan
+from cosattn import abi, autograd, cpu, functional, host, launch, ops, plan
 from cosattn.spec import KernelSpec
 
 DEFAULTS: dict[str, Any] = {
@@ -232,3 +232,18 @@ def compile_recorder(folder: Path, name: str, abi_bytes: int | None = None) -> P
     library = folder / "recorder.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, folder / "recorder.c"], check=True)
     return library
+
+
+@contextmanager
+def emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[KernelSpec, EmulatedKernel]]:
+    """CUDA calls take CPU tensors. Yields their kernels by spec, in the order asked for; no plan is left behind."""
+    found: dict[KernelSpec, EmulatedKernel] = {}
+    plans: dict[Any, Any] = {}
+    monkeypatch.setattr(plan, "load", lambda spec: found.setdefault(spec, EmulatedKernel(spec)))
+    monkeypatch.setattr(plan, "architecture", lambda device: "sm90")
+    for module in (plan, functional, ops):
+        monkeypatch.setattr(module, "plans", plans)
+    monkeypatch.setattr(launch, "current_device", lambda: -1)
+    monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
+    with scratch_memory(monkeypatch):
+        yield found

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulator import harness
-from emulator.check import Problem, check, computed, specs, tensors_of, visible
+from emulator.check import Problem, check, check_repeats, computed, specs, tensors_of, visible
 
 from cosattn.spec import DTYPES, DType
 
@@ -101,11 +101,7 @@ def test_any_order_of_threads_and_blocks(dtype: DType) -> None:
 @pytest.mark.parametrize("features", [{}, {"bias": "float32", "bias_shape": "qk"}], ids=["plain", "bias"])
 def test_deterministic_means_bitwise(dtype: DType, features: dict[str, str]) -> None:
     problem = Problem(dtype=dtype, sq=200, heads=4, kv_heads=2, deterministic=True, **features)  # type: ignore[arg-type]
-    tensors = tensors_of(problem)
-    first = computed(problem, tensors, seed=1)
-    for seed in (2, 3):
-        for name, value in computed(problem, tensors, seed).items():
-            assert torch.equal(value, first[name]), name
+    check_repeats(problem)
 
 
 def test_atomic_sums_do_depend_on_the_order() -> None:

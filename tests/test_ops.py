@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_kernel import STREAM, EmulatedKernel, scratch_memory
+from emulated_kernel import EmulatedKernel, emulated_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosattn import fallback, launch, ops, plan
+from cosattn import fallback, ops, plan
 from cosattn.errors import UnsupportedError
 from cosattn.functional import cosine_attention
 from cosattn.spec import KernelSpec
@@ -173,15 +173,7 @@ class TestOverKernels:
 
     @pytest.fixture(autouse=True)
     def kernels(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[KernelSpec, EmulatedKernel]]:
-        found: dict[KernelSpec, EmulatedKernel] = {}
-        monkeypatch.setattr(plan, "load", lambda spec: found.setdefault(spec, EmulatedKernel(spec)))
-        monkeypatch.setattr(plan, "architecture", lambda device: "sm90")
-        for module in (plan, ops):
-            monkeypatch.setattr(module, "plans", {})
-        monkeypatch.setattr(plan, "plans", ops.plans)
-        monkeypatch.setattr(launch, "current_device", lambda: -1)
-        monkeypatch.setattr(launch, "current_stream", lambda device: STREAM)
-        with scratch_memory(monkeypatch):
+        with emulated_kernels(monkeypatch) as found:
             yield found
 
     @pytest.mark.parametrize("served", [True, False])

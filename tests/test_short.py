@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from emulator import harness
-from emulator.check import Problem, check, computed, exact, relative_error, specs, tensors_of
+from emulator.check import Problem, check, check_repeats, computed, exact, relative_error, specs, tensors_of
 from matrix import support_matrix
 from sass import compile_spec, nvdisasm
 from test_kernels_compile import FEW_REGISTERS, HMMA, needs_nvcc
@@ -194,11 +194,7 @@ def test_any_order_of_threads_and_blocks() -> None:
 def test_gradients_are_bitwise_repeatable_without_being_asked(deterministic: bool) -> None:
     """No sum has more than one order but that of the bias."""
     problem = Problem(sq=150, heads=4, kv_heads=2, deterministic=deterministic, short=True)
-    tensors = tensors_of(problem)
-    first = computed(problem, tensors, seed=1)
-    for seed in (2, 3):
-        for name, value in computed(problem, tensors, seed).items():
-            assert torch.equal(value, first[name]), name
+    check_repeats(problem)
 
 
 def test_a_repeatable_bias_gradient_comes_from_another_family() -> None:

@@ -57,13 +57,13 @@ __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_
     }
 }
 
-// All rows of a head: `rows` of them, zeros from rows_valid on.
+// The same for `rows` rows, known at run time, in one loop: `thread` of THREADS.
 template <int COLUMNS, int PITCH, int THREADS, class T>
-__device__ __forceinline__ void copy_head_async(T* tile, const T* global, int64_t row_stride, int rows_valid,
-                                                int rows) {
+__device__ __forceinline__ void copy_head_async(T* tile, const T* global, int64_t row_stride, int rows_valid, int rows,
+                                                int thread = int(threadIdx.x)) {
     constexpr int PER_ROW = pad16(COLUMNS) * int(sizeof(T)) / 16;
 #pragma unroll 4
-    for (int i = int(threadIdx.x); i < rows * PER_ROW; i += THREADS) {
+    for (int i = thread; i < rows * PER_ROW; i += THREADS) {
         const int row = i / PER_ROW, column = i % PER_ROW * (16 / int(sizeof(T)));
         copy_async16(tile + row * PITCH + column, global + row * row_stride + column,
                      row < rows_valid && column < COLUMNS);

@@ -124,8 +124,8 @@ __device__ __forceinline__ void normalize_tile(T* tile, float factor, Keep keep 
 }
 
 // All keys of a head: `rows` rows, in place.
-template <int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, bool FINITE = false, class T, class Keep = KeepAll>
-__device__ __forceinline__ void normalize_head_tile(T* tile, int rows, Keep keep = Keep()) {
+template <int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, class T>
+__device__ __forceinline__ void normalize_head_tile(T* tile, int rows) {
     constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, BATCH = 4;  // rows of a lane at once
     const int lane = int(threadIdx.x) % LANES;
     for (int pass = 0; pass < rows; pass += BATCH * ROWS_PER_PASS) {
@@ -134,10 +134,9 @@ __device__ __forceinline__ void normalize_head_tile(T* tile, int rows, Keep keep
         float x[BATCH][8] = {};
 #pragma unroll
         for (int i = 0; i < BATCH; ++i)
-            if (inside(i) && keep(first + i * ROWS_PER_PASS))
-                load8(x[i], tile + (first + i * ROWS_PER_PASS) * PITCH + lane * 8);
+            if (inside(i)) load8(x[i], tile + (first + i * ROWS_PER_PASS) * PITCH + lane * 8);
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) normalize8<D, GROUPS, NORMALIZE, FINITE>(x[i], 1.f, lane);
+        for (int i = 0; i < BATCH; ++i) normalize8<D, GROUPS, NORMALIZE, false>(x[i], 1.f, lane);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i)
             if (inside(i)) store8(tile + (first + i * ROWS_PER_PASS) * PITCH + lane * 8, x[i]);
