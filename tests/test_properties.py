@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import TOLERANCE, assert_accurate, relative_error, unit_roundoff
+from accuracy import TOLERANCE, assert_accurate, relative_error, smallest, unit_roundoff
 from hypothesis import given, note
 from hypothesis import strategies as st
 from strategies import BF16, CPU_SPECS, F16, F32, SPECS, Inputs, Problem, Spec, build, problems, softmax_of
@@ -98,6 +98,8 @@ def test_output_gradients_and_lse_match_the_float64_reference(device: str, spec:
 PAST_FAILURES = [
     # One key that equals its query: what tensor cores truncate of a logit is all the error there is.
     Problem(Spec(F32, 256, 256), 1, 1, 1, 1, 1, seed=0, scale=8.0, form="single_head_kv", values="equal_qk"),
+    # One row whose largest logits are 100 times rounded products: the textbook rounds another q_hat.
+    Problem(Spec(F16, 64, 64, softmax="online"), 1, 1, 1, 1, 1024, seed=0, scale=100.0, scale_tensor=True),
 ]
 
 
@@ -158,7 +160,9 @@ def test_a_broken_key_reaches_only_the_rows_that_see_it(
     for value, before in ((results["out"], expected["out"]), (results["dq"], expected["dq"]), (lse, expected_lse)):
         unseen = ~seen
         size = before[unseen].nan_to_num(neginf=0).abs().max().item() if unseen.any() else 0.0
-        torch.testing.assert_close(value[unseen], before[unseen], rtol=roundings, atol=roundings * size)
+        torch.testing.assert_close(
+            value[unseen], before[unseen], rtol=roundings, atol=max(roundings * size, 4 * smallest(value.dtype))
+        )
     if seen.any():
         assert not results["out"][seen].isfinite().all(-1).any(), "a row that sees it shows it"
     other = torch.ones(problem.batch, problem.kv_heads, dtype=torch.bool)
@@ -257,7 +261,9 @@ def test_weights_sum_to_one(device: str, spec: Spec, data: st.DataObject) -> Non
     sees = reach_rows(inputs).any(-1)
     # The weights may be rounded to the input dtype, each by up to one roundoff, and so may the sum.
     deviation = (out.double() - sees[..., None].double()).abs().max().item()
-    assert deviation <= 2.5 * unit_roundoff(spec.dtype) + 2e-6
+    # Tensor cores truncate: every 16 keys cost the sum of the weights half a float32 ulp, one way.
+    truncation = inputs.problem.k_len / 16 * unit_roundoff(torch.float32)
+    assert deviation <= 2.5 * unit_roundoff(spec.dtype) + 2e-6 + truncation
     assert not out[~sees].any()
 
 
