@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cosattn.arch import ARCHS
@@ -37,10 +37,12 @@ class ForwardTiles:
     """Key tiles in shared memory."""
     query_buffers: int
     """Query tiles in shared memory: with two, the next one arrives while this one is worked on."""
-    own_outputs: bool = True
-    """Finished rows have shared memory of their own; else they take the place of their queries."""
+    output_parts: int = 1
+    """Finished rows leave through shared memory of their own, in so many parts; 0: they take their queries' place."""
     polynomial: int = 0
     """Of eight exponentials, how many are polynomials."""
+    key_factors: bool = False
+    """1 / |k| multiplies the logits, computed beside them; else a pre-pass writes k_hat."""
 
     @property
     def block_m(self) -> int:
@@ -50,24 +52,32 @@ class ForwardTiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that copies, and of one that attends."""
-        return {2: (24, 240), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
+        return {2: (40, 232), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = padded(spec.head_dim), padded(spec.value_dim)
-        queries = self.query_buffers * self.block_m * (d if self.own_outputs else max(d, dv))
-        if self.own_outputs:
-            queries += self.block_m * dv
+        queries = self.query_buffers * self.block_m * (d if self.output_parts else max(d, dv))
+        if self.output_parts:
+            queries += self.block_m * dv // self.output_parts
         keys = self.stages * self.block_n * (d + dv)
-        return 2 * (queries + keys) + BARRIER_BYTES + ALIGNMENT
+        factors = 4 * self.stages * self.block_n if self.key_factors else 0
+        return 2 * (queries + keys) + BARRIER_BYTES + factors + ALIGNMENT
 
 
 def forward_tiles(spec: KernelSpec) -> ForwardTiles:
     """The first candidate, fastest first, that fits the architecture's shared memory."""
     for tiles in _forward_candidates(spec):
+        tiles = replace(tiles, key_factors=_key_factors(spec))
         if tiles.shared_bytes(spec) <= ARCHS[spec.arch].shared_memory:
             return tiles
     raise AssertionError(f"no forward tile fits {spec.name}")
+
+
+def _key_factors(spec: KernelSpec) -> bool:
+    """Where products take so long that one more multiplication a logit does not show."""
+    plain = spec.l2norm and spec.groups == 1 and not spec.mask and spec.bias is None
+    return plain and max(spec.head_dim, spec.value_dim) > 96
 
 
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
@@ -77,7 +87,7 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
             return [ForwardTiles(3, 64, 4, 2)]
         if widest <= 128:
             return [ForwardTiles(2, 64, 3, 2)]
-        return [ForwardTiles(2, 64 if widest <= 192 else 32, 2, 1, own_outputs=False)]
+        return [ForwardTiles(2, 64 if widest <= 192 else 32, 2, 1, output_parts=0)]
     if widest <= 32:
         return [ForwardTiles(3, 128, 4, 2, polynomial=1)]
     if widest <= 64:
@@ -85,13 +95,10 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     if widest <= 96:
         return [ForwardTiles(3, 64, 4, 2)]
     if widest <= 128:
-        # More rows a block read fewer keys from L2; fewer rows fit a diagonal better.
-        full = ForwardTiles(3, 64, 4, 2, own_outputs=False)
-        diagonal = ForwardTiles(2, 128, 2, 2)
-        return [diagonal if spec.causal else full, ForwardTiles(2, 128, 2, 2, own_outputs=False)]
-    if widest <= 192:
-        return [ForwardTiles(2, 96, 2, 1, own_outputs=False)]
-    return [ForwardTiles(2, 64, 2, 1, own_outputs=False)]
+        return [ForwardTiles(2, 128, 2, 2), ForwardTiles(2, 128, 2, 2, output_parts=0)]
+    in_place = ForwardTiles(2, 96 if widest <= 192 else 64, 2, 1, output_parts=0)
+    slabs = padded(spec.value_dim) // slab_columns(spec.value_dim)
+    return [*(replace(in_place, output_parts=n) for n in range(1, slabs + 1) if slabs % n == 0), in_place]
 
 
 def serves(spec: KernelSpec) -> bool:

@@ -19,7 +19,7 @@ from test_tiles import errors_of_claims, pairs_of_dims
 from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
 from cosattn.spec import KernelSpec
-from cosattn.tiles_sm90_forward import forward_tiles, serves, wgmma_columns
+from cosattn.tiles_sm90_forward import forward_tiles, padded, serves, slab_columns, wgmma_columns
 
 PLAIN = KernelSpec("forward", "sm90", "bfloat16", 64, 64)
 TUNED = (32, 64, 96, 128, 192, 256)
@@ -55,6 +55,8 @@ def test_tiles_fit(dtype: str) -> None:
         assert all(n % 8 == 0 and n <= 256 for n in wgmma_columns(spec)), spec.name
         assert tiles.block_n % (32 if spec.mask else 16) == 0, spec.name
         assert tiles.polynomial == 0 or max(spec.head_dim, spec.value_dim) <= 32, spec.name
+        slabs = padded(spec.value_dim) // slab_columns(spec.value_dim)
+        assert tiles.output_parts == 0 or slabs % tiles.output_parts == 0, spec.name
 
 
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (40, 24), (128, 128), (72, 200), (256, 256)])
@@ -87,9 +89,9 @@ def test_machine_code(spec: KernelSpec, tmp_path: Path) -> None:
     cubin = compile_spec(spec, tmp_path)
     assert not [line for line in cubin.warnings if "C75" in line], "ptxas keeps products asynchronous"
     # Above 192 columns the sums alone are 128 registers: a few values wait in memory while others set up a tile.
-    crowded = spec.head_dim > 192 and (spec.mask or spec.softmax == "online")
+    crowded = spec.head_dim > 192 and spec.softmax == "online"
     for name, kernel in cubin.kernels.items():
-        limit = 80 if crowded and name == "forward" else 0
+        limit = 96 if crowded and name == "forward" else 0
         assert kernel.spilled <= limit, f"{name} moves {kernel.spilled} bytes through its stack"
     if nvdisasm() is None:
         return
@@ -126,9 +128,12 @@ PROBLEMS = [
     Problem(d=96, sq=140, sk=150, causal=True, mask=True, groups=2),
     Problem(d=128, sq=300, heads=4, kv_heads=2, causal=True),
     Problem(d=128, sq=200, sk=1000, dtype="float16"),
+    Problem(d=128, sq=150, groups=2),
+    Problem(d=128, sq=150, mask=True),
     Problem(d=128, sq=65, softmax="online", scale=60.0, strided=True),
     Problem(d=128, sq=100, bias="float32", bias_shape="qk", causal=True),
     Problem(d=136, dv=200, sq=100, sk=130),
+    Problem(d=136, dv=136, sq=200, sk=270, kv_heads=1, causal=True),
     Problem(d=160, sq=70, causal=True, l2norm=False),
     Problem(d=192, dv=64, sq=333, causal=True, batch=1),
     Problem(d=216, sq=65, sk=140, mask=True, dtype="float16"),
