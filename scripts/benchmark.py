@@ -217,6 +217,9 @@ def run_windows(case: Case, stopwatch: Stopwatch) -> dict[str, Any]:
 # Memory
 
 
+NORMALIZED = "SDPA, normalized beforehand"
+
+
 def run_memory(device: torch.device) -> Iterator[dict[str, Any]]:
     """Peak extra memory of one forward + backward, one head, d 64, beside the size of q, k and v."""
     for dtype in ("bfloat16", "float32"):
@@ -225,8 +228,12 @@ def run_memory(device: torch.device) -> Iterator[dict[str, Any]]:
             for name, attention in {
                 OURS: lambda q, k, v: cosine_attention(q, k, v, scale=SCALE),
                 "normalize + SDPA": lambda q, k, v: sdpa(q, k, v, scale=SCALE),
+                NORMALIZED: lambda q, k, v: sdpa(q, k, v, scale=SCALE, normalize=False),
             }.items():
                 x = make_inputs(case, device)
+                if name == NORMALIZED:
+                    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
+                    x = replace(x, q=q, k=k)
                 gradient = torch.randn_like(x.q)
                 torch.autograd.grad(attention(x.q, x.k, x.v), x.all, gradient)
                 torch.cuda.synchronize(device)
