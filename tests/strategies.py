@@ -86,6 +86,10 @@ SPECS: tuple[Spec, ...] = (
     Spec(BF16, 32, 32, mask=True, bias=F32, bias_grad=True, causal=True, softmax="online"),
     Spec(BF16, 72, 72, bias=BF16, softmax="bounded"),
     Spec(BF16, 64, 64, causal=True, deterministic=True),
+    Spec(F16, 128, 128, deterministic=True),
+    Spec(BF16, 256, 256, mask=True, deterministic=True),
+    Spec(BF16, 64, 64, causal=True, bias=BF16, bias_grad=True, softmax="online"),
+    Spec(F16, 128, 128, mask=True, bias=F32, bias_grad=True, softmax="online"),
     Spec(F32, 32, 32, mask=True, deterministic=True),
     # masks over queries and keys
     Spec(BF16, 32, 32, pair_mask=True, bias=F32, bias_grad=True, softmax="online"),

@@ -49,6 +49,19 @@ PROBLEMS = [
     Problem(d=256, sq=140, causal=True, dtype="float16", strided=True),
     Problem(d=256, sq=65, l2norm=False, causal=True),
     Problem(d=256, sq=70, sk=65, softmax="online", scale=60.0, groups=4),
+    Problem(d=32, sq=70, sk=500, deterministic=True),
+    Problem(d=64, sq=200, sk=300, heads=4, kv_heads=2, causal=True, deterministic=True),
+    Problem(d=96, sq=140, sk=300, causal=True, deterministic=True, dtype="float16"),
+    Problem(d=128, sq=130, sk=400, mask=True, deterministic=True),
+    Problem(d=256, sq=200, sk=150, heads=2, kv_heads=1, causal=True, deterministic=True),
+    Problem(d=64, sq=130, sk=200, bias="bfloat16"),
+    Problem(d=64, sq=131, sk=77, bias="float16", bias_shape="bhqk", causal=True, dtype="float16"),
+    Problem(d=64, sq=70, sk=150, heads=4, kv_heads=2, bias="float32", bias_shape="qk", mask=True),
+    Problem(d=64, sq=70, sk=300, bias="bfloat16", bias_grad=False, causal=True, deterministic=True),
+    Problem(d=48, sq=70, sk=65, bias="float16", bias_shape="bqk", groups=2),
+    Problem(d=96, sq=70, sk=201, bias="bfloat16", batch=4, bias_period=2, mask=True),
+    Problem(d=128, sq=130, sk=140, bias="bfloat16", causal=True),
+    Problem(d=128, sq=65, sk=150, bias="float32", bias_shape="qk", dtype="float16", dlse=True),
 ]
 
 
@@ -96,8 +109,9 @@ def test_what_it_serves() -> None:
     assert serves(PLAIN)
     for change in (
         {"dtype": "float32"},
-        {"bias": "bfloat16"},
-        {"deterministic": True},
+        {"bias": "bfloat16", "bias_grad": True, "deterministic": True},
+        {"bias": "bfloat16", "head_dim": 32, "value_dim": 32},
+        {"bias": "bfloat16", "head_dim": 192, "value_dim": 192},
         {"value_dim": 128},
         {"groups": 16},
     ):
@@ -108,8 +122,8 @@ def test_what_it_serves() -> None:
 
 def test_tiles_fit() -> None:
     for d, dv in itertools.product(range(8, 257, 8), repeat=2):
-        for dtype in ("float16", "bfloat16"):
-            spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=dv)
+        for dtype, deterministic in itertools.product(("float16", "bfloat16"), (False, True)):
+            spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=dv, deterministic=deterministic)
             if serves(spec):
                 tiles = backward_tiles(spec)
                 assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory
@@ -124,8 +138,9 @@ def test_tiles_fit() -> None:
 
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_shared_bytes_are_those_of_the_source(d: int, dtype: str, tmp_path: Path) -> None:
-    spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d)  # type: ignore[arg-type]
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_shared_bytes_are_those_of_the_source(d: int, dtype: str, deterministic: bool, tmp_path: Path) -> None:
+    spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d, deterministic=deterministic)  # type: ignore[arg-type]
     size = backward_tiles(spec).shared_bytes(spec)
     assert errors_of_claims(spec, {"SHARED_BYTES": size}, tmp_path) == ""
     assert "static assertion failed" in errors_of_claims(spec, {"SHARED_BYTES": size + 16}, tmp_path)
@@ -133,7 +148,11 @@ def test_shared_bytes_are_those_of_the_source(d: int, dtype: str, tmp_path: Path
 
 @needs_nvcc
 @pytest.mark.parametrize("d", [32, 64, 96, 112, 128, 192, 256])
-@pytest.mark.parametrize("features", [{}, {"causal": True}, {"softmax": "online"}, {"mask": True}], ids=str)
+@pytest.mark.parametrize(
+    "features",
+    [{}, {"causal": True}, {"softmax": "online"}, {"mask": True}, {"causal": True, "deterministic": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_products_are_not_serialised(d: int, features: dict[str, object], dtype: str, tmp_path: Path) -> None:
     """No spill, no stack, nothing that ptxas says about wgmma."""

@@ -691,6 +691,49 @@ def test_sums_of_floats() -> None:
     faults(compiled(SUMS), "a thread exits while its store at", result, seen, case="exit")
 
 
+TURNS = """
+__global__ void turns(float* sum, float* order, unsigned* state, int bug) {
+    if (threadIdx.x != 0) return;
+    const unsigned number = BUG(index) ? blockIdx.x : atomicAdd(state, 1u);
+    if (look_at_turn(state + 1) != number) wait_for_turn(state + 1, number);
+    order[number] = *sum += 1.f;
+    fence_turns();
+    if (!BUG(no_pass)) pass_turn(state + 1, number);
+}
+extern "C" int start(void** p, int bug) {
+    return launch(turns, Launch{dim3(8), 32, 1024, nullptr, false}, static_cast<float*>(p[0]),
+                  static_cast<float*>(p[1]), static_cast<unsigned*>(p[2]), bug);
+}
+"""
+
+
+def test_turns() -> None:
+    for seed in SEEDS:
+        total, order = torch.zeros(4), torch.zeros(8)
+        run(compiled(TURNS), total, order, torch.zeros(4, dtype=torch.int32), seed=seed)
+        assert order.tolist() == list(range(1, 9))
+    for bug in ("index", "no_pass"):  # a block that started earlier waits for a later one; nobody passes the turn on
+        faults(compiled(TURNS), "deadlock: wait_for_turn", total, order, torch.zeros(4, dtype=torch.int32), case=bug)
+
+
+TRANSPOSE = """
+__global__ void transpose(uint32_t* matrix, int) {
+    matrix[threadIdx.x] = transpose_matrix(matrix[threadIdx.x]);
+}
+extern "C" int start(void** p, int bug) {
+    return launch(transpose, Launch{dim3(1), 32, 1024, nullptr, false}, static_cast<uint32_t*>(p[0]), bug);
+}
+"""
+
+
+def test_transposed_matrix() -> None:
+    """Of 16-bit elements, in the registers of a warp."""
+    matrix = torch.arange(64, dtype=torch.int16).reshape(8, 8)
+    result = matrix.clone()
+    run(compiled(TRANSPOSE), result)
+    assert torch.equal(result, matrix.t())
+
+
 OVERLAP = """
 __global__ void first(float* a) {
     a[threadIdx.x] = float(threadIdx.x);

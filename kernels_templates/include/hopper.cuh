@@ -129,6 +129,28 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 // What earlier kernels have written to global memory is visible to the copy engine.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// ---- turns: blocks that add to the same floats one after another --------------------------------------------------
+
+// Whose turn it is. If it is one's own, then what those before have added is there after fence_turns().
+__device__ __forceinline__ unsigned look_at_turn(const unsigned* turn) {
+    unsigned now;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    return now;
+}
+// Wait until turn `mine`: then what those before have added is there. They must have started before this block, which
+// otherwise might wait for a block that waits for its multiprocessor.
+__device__ __forceinline__ void wait_for_turn(const unsigned* turn, unsigned mine) {
+    unsigned now;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    } while (now != mine);
+}
+// Between adding and pass_turn(): what this thread has added, or has seen others of its warp add, is there.
+__device__ __forceinline__ void fence_turns() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void pass_turn(unsigned* turn, unsigned mine) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(mine + 1) : "memory");
+}
+
 // ---- products of a warpgroup: wgmma.cuh has the shapes ------------------------------------------------------------
 
 // A matrix in shared memory, as products read it: slabs of rows of PITCH = 32, 64 or 128 bytes, swizzled as
@@ -161,6 +183,12 @@ template <int N> __device__ __forceinline__ void hold(uint32_t (&x)[N]) {
 
 // ---- matrix fragments ---------------------------------------------------------------------------------------------
 
+// An 8x8 matrix of 16-bit elements in a warp's registers, transposed: see load_matrix_x4.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
 // The counterpart of load_matrix_x4: lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrix_x4(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),

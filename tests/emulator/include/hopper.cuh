@@ -73,6 +73,21 @@ inline void store_box_finish() { emulator::store_box_finish(); }
 inline void fence_async() { emulator::fence_async(); }
 inline void fence_async_global() { emulator::fence_async_global(); }
 
+// ---- turns ---------------------------------------------------------------------------------------------------------
+
+// Blocks run one after another: those before have passed their turns, or never will. Every other look comes too early.
+inline unsigned look_at_turn(const unsigned* turn) {
+    static unsigned looks = 0;
+    return looks++ % 2 ? *turn : ~0u;
+}
+inline void wait_for_turn(const unsigned* turn, unsigned mine, emulator::Site site = EMULATOR_CALLER) {
+    if (*turn != mine)
+        emulator::fault("deadlock: wait_for_turn at %s:%d for turn %u, it is turn %u", site.file, site.line, mine,
+                        *turn);
+}
+inline void fence_turns() {}
+inline void pass_turn(unsigned* turn, unsigned mine) { *turn = mine + 1; }
+
 // ---- products of a warpgroup: wgmma.cuh has the shapes ------------------------------------------------------------
 
 using Descriptor = uint64_t;
@@ -91,6 +106,16 @@ template <int N> inline void hold(uint32_t (&)[N]) {}
 
 // ---- matrix fragments ---------------------------------------------------------------------------------------------
 
+inline uint32_t transpose_matrix(uint32_t x, emulator::Site site = EMULATOR_CALLER) {
+    const int lane = int(threadIdx.x) % 32;
+    uint32_t pair = 0;
+    for (int e = 0; e < 2; ++e) {
+        const int from = (lane % 4 * 2 + e) * 4 + lane / 8;
+        const uint32_t word = emulator_shuffle("transpose_matrix", 0xffffffffu, x, from, site);
+        pair |= (lane / 4 % 2 ? word >> 16 : word & 0xffffu) << 16 * e;
+    }
+    return pair;
+}
 inline void store_matrix_x4(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
                             emulator::Site site = EMULATOR_CALLER) {
     emulator::store_matrix_x4(row, {a, b, c, d}, site);
