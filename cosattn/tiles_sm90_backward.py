@@ -50,9 +50,6 @@ class BackwardTiles:
         """Keys of a thread block."""
         return 64 * self.parts
 
-    bias_early: bool = False
-    """By keys: the bias of a tile is read while the tile before is worked on, else while products are under way."""
-
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = padded(spec.head_dim), padded(spec.value_dim)
@@ -82,10 +79,11 @@ def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
     if spec.head_dim <= 32 and spec.value_dim <= 32:
         return [BackwardTiles(3, 4, (144, 80), query_warpgroup=True)]
     if spec.head_dim <= 64:
-        early = spec.bias not in (None, "float32") and not spec.causal  # which leaves no registers
-        return [BackwardTiles(2, 4, (216, 72), resident=True, query_warpgroup=True, fold=fold, bias_early=early)]
+        return [BackwardTiles(2, 4, (216, 72), resident=True, query_warpgroup=True, fold=fold)]
+    registers: tuple[int, ...]
     if max(spec.head_dim, spec.value_dim) > 128:
-        return [BackwardTiles(1, stages, (208, 216, 80), by_gradient=True) for stages in (3, 2)]
+        registers = (216, 208, 80) if spec.bias is not None and not spec.mask else (208, 216, 80)
+        return [BackwardTiles(1, stages, registers, by_gradient=True) for stages in (3, 2)]
     registers = (240, 24) if spec.head_dim + spec.value_dim > 224 else (232, 40)
     return [BackwardTiles(2, stages, registers) for stages in (3, 2)]
 
@@ -93,13 +91,13 @@ def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
 def serves(spec: KernelSpec) -> bool:
     """Whether the family has a backward kernel for a spec.
 
-    What it lacks are biases of narrow heads, which are windows, and of wide ones, repeatable gradients of a bias, and
-    wide values of narrow keys.
+    What it lacks are biases of narrow heads, which are windows, repeatable gradients of a bias, and wide values of
+    narrow keys.
     """
     widest = max(spec.head_dim, spec.value_dim)
     return (
         spec.dtype != "float32"
-        and (spec.bias is None or 32 < widest <= 128)
+        and (spec.bias is None or widest > 32)
         and not (spec.bias_grad and spec.deterministic)
         and widest <= (64 if spec.head_dim <= 64 else 256)
         and spec.head_dim // spec.groups % 8 == 0

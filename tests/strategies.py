@@ -90,6 +90,7 @@ SPECS: tuple[Spec, ...] = (
     Spec(BF16, 256, 256, mask=True, deterministic=True),
     Spec(BF16, 64, 64, causal=True, bias=BF16, bias_grad=True, softmax="online"),
     Spec(F16, 128, 128, mask=True, bias=F32, bias_grad=True, softmax="online"),
+    Spec(BF16, 192, 192, bias=F16, bias_grad=True, softmax="online"),
     Spec(F32, 32, 32, mask=True, deterministic=True),
     # masks over queries and keys
     Spec(BF16, 32, 32, pair_mask=True, bias=F32, bias_grad=True, softmax="online"),
