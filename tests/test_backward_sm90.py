@@ -108,6 +108,27 @@ def test_what_is_not_finite_stays_with_those_that_see_it(problem: Problem, name:
         assert x[0, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_bias_that_hides(d: int) -> None:
+    """By minus infinity: nothing goes to what is hidden, and a row that sees nothing is zero."""
+    problem = Problem(d=d, sq=70, sk=90, bias="bfloat16", arch="sm90")
+    t = tensors_of(problem)
+    assert t.bias is not None
+    t.bias[..., 40:80] = -torch.inf
+    t.bias[:, 0, 3] = -torch.inf
+    expected = exact(problem, t)
+    forward, backward = specs(problem)
+    first = harness.run_forward(forward, t.q, t.k, t.v, bias=t.bias)
+    found = harness.run_backward(backward, t.q, t.k, t.v, first.out, first.lse, t.dout, bias=t.bias)
+    assert first.lse[:, 0, 3].isneginf().all()
+    assert not found.dq[:, 0, 3].any()
+    assert found.dbias is not None
+    assert not found.dbias[t.bias.isneginf()].any()
+    assert not found.dk[:, :, 40:80].any()
+    for name in ("dq", "dk", "dv"):
+        assert relative_error(getattr(found, name), expected[name].nan_to_num()) < 0.01
+
+
 def test_what_it_serves() -> None:
     assert serves(PLAIN)
     for change in (
