@@ -180,6 +180,11 @@ template <int N> __device__ __forceinline__ void hold(uint32_t (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
+// Registers whose values nobody reads any more: sums that begin anew.
+template <int N> __device__ __forceinline__ void forget(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "=f"(x[i])::"memory");
+}
 
 // ---- matrix fragments ---------------------------------------------------------------------------------------------
 

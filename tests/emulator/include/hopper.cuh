@@ -103,6 +103,9 @@ inline void product_commit() { emulator::product_commit(); }
 template <int N> inline void product_wait(emulator::Site site = EMULATOR_CALLER) { emulator::product_wait(N, site); }
 template <int N> inline void hold(float (&)[N]) {}
 template <int N> inline void hold(uint32_t (&)[N]) {}
+template <int N> inline void forget(float (&x)[N]) {
+    for (float& value : x) value = NAN;
+}
 
 // ---- matrix fragments ---------------------------------------------------------------------------------------------
 

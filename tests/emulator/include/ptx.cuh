@@ -32,6 +32,7 @@ template <class T> inline float2 unpack2(uint32_t x) {
 
 inline float tf32_nearest(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
 inline int renew(int x) { return x; }
+inline int thread_again() { return int(threadIdx.x); }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
