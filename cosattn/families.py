@@ -39,8 +39,8 @@ def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int =
     if rows := tiles_split.tile_rows(spec, q_len, k_len, group, heads):
         return replace(spec, few=False, short=0, split=rows, causal=spec.causal and q_len > 1)  # one row sees every key
     spec = replace(spec, few=False, short=0, split=0)
-    if group == 1 and tiles_short.measured(spec, q_len, k_len):
-        return replace(spec, short=tiles_short.size_class(spec, q_len, k_len))
+    if tiles_short.measured(spec, q_len, k_len, group, heads) and (size := tiles_short.size_class(spec, q_len, k_len)):
+        return replace(spec, short=size)
     return replace(spec, few=q_len <= few_rows(spec))
 
 

@@ -460,8 +460,9 @@ class Plan:
     ) -> Backward:
         assert self._spec is not None
         spec = replace(self._spec, direction="backward", deterministic=deterministic, bias_grad=bias_grad)
-        group = self._sizes.q_heads // self._sizes.kv_heads
-        spec = families.sized(spec, self._sizes.q_len, self._sizes.k_len, group)
+        sizes = self._sizes
+        group, heads = sizes.q_heads // sizes.kv_heads, sizes.batch * sizes.kv_heads
+        spec = families.sized(spec, sizes.q_len, sizes.k_len, group, heads)
         kernel: launch.Kernel | None = None
         try:
             kernel = load(spec)

@@ -101,5 +101,6 @@ def render(spec: KernelSpec) -> Rendered:
         "bias_element": _ELEMENTS[spec.bias] if spec.bias else None,
         **_CUTS[family, spec.direction](spec),
     }
-    source = _environment().get_template(f"{family}/{spec.direction}.cu.jinja").render(variables)
+    name = "forward_by_warpgroups" if family == "short" and tiles_short.by_warpgroups(spec) else spec.direction
+    source = _environment().get_template(f"{family}/{name}.cu.jinja").render(variables)
     return Rendered(spec, source, _headers_of(source, variables))

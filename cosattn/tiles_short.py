@@ -12,6 +12,7 @@ from typing import Any
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
 from cosattn.tiles import BLOCK_RESERVED, pad16
+from cosattn.tiles_sm90_forward import ALIGNMENT, padded, slab_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,30 @@ class ForwardTiles:
     def shared_bytes(self, spec: KernelSpec, k_len: int) -> int:
         """Shared memory of one thread block; the same sum as shared_bytes() in the template."""
         d, dv = pad16(spec.head_dim) + 8, pad16(spec.value_dim) + 8
-        return 2 * (self.block_m * max(d, dv) + _whole(k_len, self.chunk) * (d + dv))
+        mask = 8 * self.block_m * -(-k_len // 64) if spec.pair_mask else 0
+        return 2 * (self.block_m * max(d, dv) + _whole(k_len, self.chunk) * (d + dv)) + mask
 
 
 def _whole(rows: int, step: int) -> int:
     return -(-rows // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class WarpgroupTiles:
+    """How the forward kernel of warpgroups is cut: a head lies in shared memory as a whole."""
+
+    block_n: int
+    """Keys whose logits are held in registers at once."""
+    stages: int
+    """Heads in shared memory: with two, the next one arrives while this one is worked on."""
+    blocks_per_sm: int
+    """Thread blocks that shared memory and the register allocation leave room for."""
+    norm_batch: int = 4
+    """Rows of a thread that go through the norm together, at most."""
+
+    def shared_bytes(self, spec: KernelSpec) -> int:
+        """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
+        return self.stages * (6 * spec.short * padded(spec.head_dim) + 24) + ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +75,6 @@ class BackwardTiles:
     """Queries of a tile."""
     key_blocks: int
     """Blocks of 16 keys of a warp."""
-    stages: int
-    """Query tiles in shared memory."""
     k_in_registers: bool
     v_in_registers: bool
     bias_sums: bool
@@ -80,8 +98,10 @@ class BackwardTiles:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = pad16(spec.head_dim), pad16(spec.value_dim)
         ds = max(self.block_n * (self.block_m + 8), self.block_m * (dv + 8))
-        tiles = 2 * ((self.block_n + self.stages * self.block_m) * (d + max(d, dv) + 8) + ds)
-        return tiles + 8 * self.block_m + (4 * self.block_n * self.block_m if self.bias_sums else 0)
+        tiles = 2 * ((self.block_n + self.block_m) * (d + dv + 8) + ds)
+        statistics = 4 * (self.block_m * (2 + spec.groups) + self.block_n * spec.groups)
+        statistics += 8 * self.block_m * -(-self.block_n // 64) if spec.pair_mask else 0
+        return tiles + statistics + (4 * self.block_n * self.block_m if self.bias_sums else 0)
 
 
 def forward_tiles(spec: KernelSpec) -> ForwardTiles:
@@ -96,69 +116,146 @@ def forward_tiles(spec: KernelSpec) -> ForwardTiles:
     return ForwardTiles(spec.short, 64, chunk, max(1, threads // spec.short), q_in_registers=widest <= 64)
 
 
+def by_warpgroups(spec: KernelSpec) -> bool:
+    """Whether the forward kernel of a size class multiplies by warpgroups; narrow heads gain by it up to 64 rows."""
+    plain = not (spec.causal or spec.mask or spec.pair_mask or spec.bias)
+    return (
+        spec.direction == "forward"
+        and spec.arch == "sm90"
+        and plain
+        and spec.value_dim == spec.head_dim
+        and 32 <= spec.head_dim <= 128
+        and spec.short % 64 == 0
+        and (spec.head_dim > 32 or spec.short == 64)
+    )
+
+
+def warpgroup_tiles(spec: KernelSpec) -> WarpgroupTiles:
+    """Two heads in shared memory where they fit."""
+    tiles = WarpgroupTiles(block_n=64, stages=2, blocks_per_sm=1)
+    by_memory = (ARCHS[spec.arch].shared_memory + BLOCK_RESERVED) // (tiles.shared_bytes(spec) + BLOCK_RESERVED)
+    return replace(tiles, blocks_per_sm=max(1, min(by_memory, 256 // spec.short)))
+
+
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
-    """A warp has 16 keys where few warps would be left or its sums fill the registers, else 32."""
+    """A warp has 32 keys where that leaves enough warps and registers, else 16."""
     keys, widest = spec.short, max(spec.head_dim, spec.value_dim)
-    halves = keys > 128 and widest <= 32  # two tiles of queries
-    key_blocks = 1 if keys <= 64 or widest > 64 or (keys > 128 and not halves) else 2
+    key_blocks = 2 if 64 < keys <= 128 and widest <= 64 and spec.bias is None else 1
     tiles = BackwardTiles(
         block_n=keys,
-        block_m=keys // 2 if halves else keys,
+        block_m=keys,
         key_blocks=key_blocks,
-        stages=2 if halves else 1,
         k_in_registers=False,
         v_in_registers=False,
         bias_sums=spec.bias_grad and keys <= 64,
     )
-    registers = (128, 168, 255) if key_blocks == 1 else (168, 255, 255)
-    a_block = 32 * tiles.warps * registers[0 if widest <= 32 else 1 if widest <= 64 else 2]
+    if key_blocks == 2:
+        registers = 168 if widest <= 32 else 255
+    else:
+        few = keys > 128 and not (spec.causal or spec.mask or spec.pair_mask)  # of registers, for two blocks
+        registers = (100 if few else 128) if widest <= 32 else 168 if widest <= 64 else 255
     by_memory = (ARCHS[spec.arch].shared_memory + BLOCK_RESERVED) // (tiles.shared_bytes(spec) + BLOCK_RESERVED)
-    return replace(tiles, blocks_per_sm=max(1, min(by_memory, 65536 // a_block)))
+    return replace(tiles, blocks_per_sm=max(1, min(by_memory, 65536 // (32 * tiles.warps * registers))))
 
 
 def size_class(spec: KernelSpec, q_len: int, k_len: int) -> int:
     """``spec.short`` of a call with so many queries and keys; 0 where these kernels can not serve it.
 
-    Forward: query rows of a block; a head's rows are taken in as few turns of up to four warps as there can be.
+    Forward: query rows of a block; a head's rows are taken in as few turns of up to four warps as there can be. Where
+    warpgroups multiply: rows of a whole head.
     Backward: keys of a block, which holds all of them.
     """
     widest = max(spec.head_dim, spec.value_dim)
-    if spec.dtype == "float32" or spec.pair_mask or widest > 128 or max(q_len, k_len) > 256:
+    if spec.dtype == "float32" or widest > 128 or max(q_len, k_len) > 256:
         return 0
     limit = ARCHS[spec.arch].shared_memory
     if spec.direction == "forward":
+        whole = replace(spec, short=_whole(max(q_len, k_len), 64))
+        if by_warpgroups(whole):
+            return whole.short if warpgroup_tiles(whole).shared_bytes(whole) <= limit else 0
+        least = 96 if by_warpgroups(replace(spec, short=64)) else 64
         turns = -(-q_len // 128)
-        spec = replace(spec, short=max(64, _whole(-(-q_len // turns), 32)))
+        spec = replace(spec, short=max(least, _whole(-(-q_len // turns), 32)))
         return spec.short if forward_tiles(spec).shared_bytes(spec, k_len) <= limit else 0
     if spec.bias_grad and spec.deterministic:  # blocks add to it in no order
+        return 0
+    if spec.head_dim // spec.groups % 8:  # groups of columns that lanes of a product share
         return 0
     spec = replace(spec, short=max(64, _whole(max(q_len, k_len), 32)))
     tiles = backward_tiles(spec)
     sums = 8 * tiles.key_blocks * (pad16(spec.head_dim) + pad16(spec.value_dim)) // 16  # of a thread: dK and dV
-    fits = tiles.shared_bytes(spec) <= limit and 32 * tiles.warps * (sums + 112) <= 65536
+    fits = tiles.shared_bytes(spec) <= limit and 32 * tiles.warps * (sums + 96) <= 65536
     return spec.short if fits else 0
 
 
-MEASURED = {
-    ("forward", 32): (256, 256),
-    ("forward", 64): (128, 0),
-    ("forward", 128): (64, 0),
-    ("backward", 32): (256, 160),
-    ("backward", 64): (160, 0),
-    ("backward", 128): (64, 0),
+FEW_HEADS = 132
+"""With fewer heads in all the batch, launches and the time of one block decide."""
+
+MEASURED: dict[tuple[str, str], dict[int, tuple[int, int]]] = {
+    ("forward", ""): {32: (256, 256), 64: (256, 128), 128: (128, 128)},
+    ("forward", "online"): {32: (144, 256), 64: (0, 64), 128: (0, 64)},
+    ("forward", "causal"): {32: (256, 256), 64: (144, 144), 128: (0, 64)},
+    ("forward", "causal online"): {32: (144, 256), 64: (0, 64), 128: (0, 64)},
+    ("forward", "mask"): {32: (256, 256), 64: (144, 144), 128: (128, 128)},
+    ("forward", "mask online"): {32: (144, 256), 64: (128, 128), 128: (64, 128)},
+    ("forward", "causal mask"): {32: (144, 256), 64: (128, 128), 128: (128, 64)},
+    ("forward", "pair_mask"): {32: (256, 256), 64: (144, 144), 128: (128, 128)},
+    ("forward", "pair_mask online"): {32: (256, 256), 64: (128, 128), 128: (128, 128)},
+    ("forward", "bias"): {32: (0, 256), 64: (0, 64), 128: (0, 64)},
+    ("forward", "bias pair_mask"): {32: (0, 256), 64: (0, 144), 128: (128, 128)},
+    ("backward", ""): {32: (160, 256), 64: (160, 192), 128: (128, 128)},
+    ("backward", "causal"): {32: (256, 256), 64: (192, 192), 128: (128, 128)},
+    ("backward", "mask"): {32: (160, 256), 64: (160, 192), 128: (128, 128)},
+    ("backward", "causal mask"): {32: (256, 256), 64: (192, 192), 128: (128, 128)},
+    ("backward", "pair_mask"): {32: (256, 256), 64: (192, 192), 128: (128, 128)},
+    ("backward", "bias"): {32: (160, 256), 64: (192, 192), 128: (128, 128)},
+    ("backward", "bias pair_mask"): {32: (160, 256), 64: (192, 192), 128: (128, 128)},
 }
-"""By direction and head dim: up to so many queries and keys these kernels ran on an H200, right and faster than the
-others; without a bias, and with one that has a gradient."""
+"""By direction and features, by head dim: up to so many queries and keys these kernels ran on an H200, right and faster
+than the others, with few heads and with more."""
 
 
-def measured(spec: KernelSpec, q_len: int, k_len: int) -> bool:
-    """Whether a call is of those that ``MEASURED`` speaks of: bfloat16, full attention, no options."""
-    longest, longest_biased = MEASURED.get((spec.direction, spec.head_dim), (0, 0))
-    plain = KernelSpec(spec.direction, "sm90", "bfloat16", spec.head_dim, spec.head_dim)
-    biased = replace(plain, bias="bfloat16", softmax="online", bias_grad=spec.direction == "backward")
-    return max(q_len, k_len) <= {plain: longest, biased: longest_biased}.get(spec, 0)
+def measured(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -> bool:
+    """Whether a call is of those that ``MEASURED`` speaks of; ``heads`` are those of k and v in all the batch."""
+    like = KernelSpec(
+        spec.direction,
+        "sm90",
+        spec.dtype,
+        spec.head_dim,
+        spec.head_dim,
+        causal=spec.causal,
+        mask=spec.mask,
+        pair_mask=spec.pair_mask,
+        bias=spec.bias,
+        softmax=spec.softmax,
+        deterministic=spec.deterministic,
+        bias_grad=spec.direction == "backward" and spec.bias is not None,
+    )
+    if like != spec or spec.dtype == "float32" or spec.bias not in (None, spec.dtype):
+        return False
+    masked = spec.causal or spec.mask or spec.pair_mask
+    if spec.dtype == "float16" and (masked or (spec.direction == "forward" and spec.bias is None)):
+        return False
+    if spec.bias is not None and spec.softmax == "bounded":
+        return False
+    many = (heads if spec.direction == "backward" else heads * group) >= FEW_HEADS
+    if spec.direction == "backward" and group > 1 and not many:  # a block has all queries of its keys
+        return False
+    longest = MEASURED.get((spec.direction, _features(spec)), {}).get(spec.head_dim, (0, 0))
+    return max(q_len, k_len) <= longest[many]
+
+
+def _features(spec: KernelSpec) -> str:
+    """What decides which kernels are faster. A running maximum does forward; a bias always comes with one."""
+    found = [name for name in ("causal", "mask", "bias", "pair_mask") if getattr(spec, name)]
+    online = spec.softmax == "online" and spec.direction == "forward" and spec.bias is None
+    return " ".join(found + ["online"] * online)
 
 
 def cuts(spec: KernelSpec) -> dict[str, Any]:
     """What the templates of the family are given."""
+    if by_warpgroups(spec):
+        tiles = warpgroup_tiles(spec)
+        columns = sorted({tiles.block_n, pad16(spec.head_dim)})
+        return {"tiles": tiles, "wgmma_columns": columns, "padded": padded, "slab_columns": slab_columns}
     return {"tiles": forward_tiles(spec) if spec.direction == "forward" else backward_tiles(spec)}

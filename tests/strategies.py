@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cosattn.reference import cosine_attention_reference, l2norm, repeated
 from cosattn.spec import softmax_mode
+from cosattn.tiles_short import FEW_HEADS
 from cosattn.tiles_split import MINIMUM_KEYS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -107,7 +108,10 @@ CPU_SPECS: tuple[Spec, ...] = (
 )
 """The CPU path also takes float64 and any head dim."""
 
-EDGES = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 49, 50, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 161, 256, 257)
+EDGES = (
+    *(1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 49, 50, 63, 64, 65, 95, 96, 97, 127, 128, 129),
+    *(144, 145, 160, 161, 192, 193, 256, 257),
+)
 """Lengths around the edges of tiles, and of the size classes of short sequences."""
 
 VALUES = ("normal", "normal", "normal", "equal_qk", "opposite_qk", "same_keys", "zeros", "uneven", "huge")
@@ -180,6 +184,9 @@ def problems(draw: st.DrawFn, spec: Spec, *, largest: int = 129, forms: tuple[st
     batch = draw(st.integers(1, max(1, min(4, budget // (q_len * k_len)))))
     kv_heads = 1 if form != "4d" else draw(st.integers(1, 3))
     heads_per_kv = 1 if form == "merged" else draw(st.integers(1, 3))
+    crowd = -(-FEW_HEADS // (kv_heads * heads_per_kv))  # so many heads that short sequences get other kernels
+    if largest > 129 and crowd * kv_heads * heads_per_kv * q_len * k_len <= 3 * budget and draw(st.booleans()):
+        batch = crowd
     scale_tensor, scale = draw(_scales(spec))
     return Problem(
         spec=spec,

@@ -19,7 +19,15 @@ from test_tiles import LARGEST_BLOCK, REGISTERS, errors_of_claims, pairs_of_dims
 from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
 from cosattn.spec import KernelSpec
-from cosattn.tiles_short import backward_tiles, forward_tiles, size_class
+from cosattn.tiles_short import (
+    FEW_HEADS,
+    MEASURED,
+    backward_tiles,
+    by_warpgroups,
+    forward_tiles,
+    size_class,
+    warpgroup_tiles,
+)
 
 FORWARD = KernelSpec("forward", "sm90", "bfloat16", 32, 32)
 BACKWARD = replace(FORWARD, direction="backward")
@@ -35,50 +43,77 @@ def classed(spec: KernelSpec, length: int) -> KernelSpec:
 # ---- what is served -------------------------------------------------------------------------------------------------
 
 
+SHIFTED: dict[str, Any] = {**BIASED, "pair_mask": True}  # windows of SwinV2
+MANY, FEW = FEW_HEADS, FEW_HEADS - 1
+
+
+def named(direction: str, **features: Any) -> KernelSpec:
+    bias_grad = direction == "backward" and "bias" in features
+    return replace(FORWARD, direction=direction, bias_grad=bias_grad, **features)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("spec", "d", "longest"),
+    ("direction", "features", "name"),
     [
-        (FORWARD, 32, 256),
-        (FORWARD, 64, 128),
-        (FORWARD, 128, 64),
-        (BACKWARD, 32, 256),
-        (BACKWARD, 64, 160),
-        (BACKWARD, 128, 64),
-        (replace(FORWARD, **BIASED), 32, 256),
-        (replace(BACKWARD, **BIASED, bias_grad=True), 32, 160),
+        ("forward", {}, ""),
+        ("forward", {"softmax": "online"}, "online"),
+        ("forward", {"causal": True}, "causal"),
+        ("forward", {"causal": True, "softmax": "online"}, "causal online"),
+        ("forward", {"mask": True}, "mask"),
+        ("forward", {"mask": True, "softmax": "online"}, "mask online"),
+        ("forward", {"causal": True, "mask": True}, "causal mask"),
+        ("forward", {"pair_mask": True}, "pair_mask"),
+        ("forward", {"pair_mask": True, "softmax": "online"}, "pair_mask online"),
+        ("forward", BIASED, "bias"),
+        ("forward", SHIFTED, "bias pair_mask"),
+        ("backward", {}, ""),
+        ("backward", {"softmax": "online"}, ""),
+        ("backward", {"causal": True}, "causal"),
+        ("backward", {"mask": True}, "mask"),
+        ("backward", {"causal": True, "mask": True}, "causal mask"),
+        ("backward", {"pair_mask": True}, "pair_mask"),
+        ("backward", BIASED, "bias"),
+        ("backward", SHIFTED, "bias pair_mask"),
     ],
 )
-def test_both_lengths_decide(spec: KernelSpec, d: int, longest: int) -> None:
-    spec = replace(spec, head_dim=d, value_dim=d)
-    for q_len, k_len in itertools.product(LENGTHS, repeat=2):
-        chosen = sized(spec, q_len, k_len)
-        served = max(q_len, k_len) <= longest
-        assert (family_of(chosen) == "short") == bool(chosen.short) == served
-        assert replace(chosen, few=False, short=0, split=0) == spec
-        assert not sized(spec, q_len, k_len, group=2).short, "grouped heads were not measured"
+def test_lengths_and_heads_decide(direction: str, features: dict[str, Any], name: str) -> None:
+    for d, longest in MEASURED[direction, name].items():
+        spec = named(direction, head_dim=d, value_dim=d, **features)
+        for (q_len, k_len), (heads, most) in itertools.product(
+            itertools.product(LENGTHS, repeat=2), zip((FEW, MANY), longest, strict=True)
+        ):
+            chosen = sized(spec, q_len, k_len, heads=heads)
+            served = max(q_len, k_len) <= most
+            assert (family_of(chosen) == "short") == bool(chosen.short) == served, (d, q_len, k_len, heads)
+            assert replace(chosen, few=False, short=0, split=0) == spec
+    spec = named(direction, **features)
+    alone, grouped = sized(spec, 49, 49, 1, MANY), sized(spec, 49, 49, 4, MANY)
+    assert alone == grouped
+    if direction == "backward":
+        assert not sized(spec, 49, 49, 2, FEW).short, "a block has all queries of its keys"
+    else:
+        assert sized(spec, 49, 49, 4, MANY // 4) == alone, "blocks share keys"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"arch": "sm80"},
-        {"dtype": "float16"},
         {"value_dim": 64},
         {"head_dim": 40, "value_dim": 40},
-        {"causal": True},
-        {"mask": True},
         {"groups": 2},
         {"l2norm": False},
-        {"softmax": "online"},
         {"bias": "float32", "softmax": "online"},
+        {"bias": "bfloat16"},
+        {"dtype": "float16", "causal": True},
     ],
     ids=str,
 )
 def test_what_was_not_measured_is_not_chosen(change: dict[str, Any]) -> None:
     for spec in (FORWARD, BACKWARD):
         other = replace(spec, **change)
-        assert sized(other, 49, 49).short == 0
-        assert family_of(sized(other, 49, 49)) != "short"
+        assert sized(other, 49, 49, heads=MANY).short == 0
+        assert family_of(sized(other, 49, 49, heads=MANY)) != "short"
         assert size_class(other, 49, 49) == 64, "able to serve it nevertheless"
 
 
@@ -87,8 +122,8 @@ def test_what_the_kernels_can_not_serve() -> None:
         (FORWARD, {"dtype": "float32"}),
         (FORWARD, {"head_dim": 136}),
         (FORWARD, {"value_dim": 256}),
-        (FORWARD, {"pair_mask": True}),
         (BACKWARD, {"bias": "float32", "bias_grad": True, "deterministic": True}),  # sums of blocks have no order
+        (BACKWARD, {"groups": 8}),  # of 4 columns
     ]:
         assert size_class(replace(spec, **change), 49, 49) == 0  # type: ignore[arg-type]
     wide = replace(BACKWARD, head_dim=128, value_dim=128)
@@ -97,8 +132,8 @@ def test_what_the_kernels_can_not_serve() -> None:
 
 def test_few_classes_serve_all_lengths() -> None:
     """Every class is a kernel that somebody compiles."""
-    assert {sized(FORWARD, n, n).short for n in range(1, 257)} == {64, 96, 128}
-    assert {sized(BACKWARD, n, n).short for n in range(1, 257)} == set(range(64, 257, 32))
+    assert {sized(FORWARD, n, n, heads=MANY).short for n in range(1, 257)} == {64, 96, 128}
+    assert {sized(BACKWARD, n, n, heads=MANY).short for n in range(1, 257)} == set(range(64, 257, 32))
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -113,7 +148,13 @@ def test_tiles_fit(arch: str, dtype: str) -> None:
             chosen = classed(spec, length)
             if not chosen.short:
                 continue
-            if direction == "forward":
+            if by_warpgroups(chosen):
+                whole = warpgroup_tiles(chosen)
+                assert whole.shared_bytes(chosen) <= limit, chosen.name
+                assert chosen.short >= length, "a block holds all of a head"
+                assert chosen.short % whole.block_n == 0, chosen.name
+                assert 2 * chosen.short * whole.blocks_per_sm * 128 <= REGISTERS, chosen.name
+            elif direction == "forward":
                 tiles = forward_tiles(chosen)
                 assert tiles.shared_bytes(chosen, length) <= limit, chosen.name
                 assert tiles.block_m % (16 * tiles.warps) == 0, chosen.name
@@ -124,19 +165,28 @@ def test_tiles_fit(arch: str, dtype: str) -> None:
                 assert keys.shared_bytes(chosen) <= limit, chosen.name
                 assert keys.block_n == chosen.short >= length, "a block holds all keys"
                 assert keys.block_m % (16 * keys.warps) == 0, "queries of a warp"
-                assert keys.block_m * keys.stages >= length, chosen.name
-                assert 32 * keys.warps * keys.blocks_per_sm * 120 <= REGISTERS, chosen.name
+                assert keys.block_m >= length, chosen.name
+                assert 32 * keys.warps * keys.blocks_per_sm * 96 <= REGISTERS, chosen.name
                 assert 32 * keys.warps <= LARGEST_BLOCK, chosen.name
 
 
 @pytest.mark.parametrize("d", [8, 32, 64, 128])
 @pytest.mark.parametrize("length", [49, 64])
 def test_shared_bytes_are_those_of_the_source(d: int, length: int, tmp_path: Path) -> None:
-    for spec in (FORWARD, BACKWARD, replace(BACKWARD, bias="float32", bias_grad=True)):
+    for spec in (
+        FORWARD,
+        replace(FORWARD, pair_mask=True),
+        BACKWARD,
+        replace(BACKWARD, bias="float32", bias_grad=True, pair_mask=True),
+    ):
         spec = classed(replace(spec, head_dim=d, value_dim=d), length)
-        forward = spec.direction == "forward"
-        size = forward_tiles(spec).shared_bytes(spec, length) if forward else backward_tiles(spec).shared_bytes(spec)
-        name = f"shared_bytes({length})" if forward else "SHARED_BYTES"
+        name = "SHARED_BYTES"
+        if by_warpgroups(spec):
+            size = warpgroup_tiles(spec).shared_bytes(spec)
+        elif spec.direction == "backward":
+            size = backward_tiles(spec).shared_bytes(spec)
+        else:
+            name, size = f"shared_bytes({length})", forward_tiles(spec).shared_bytes(spec, length)
         assert errors_of_claims(spec, {name: size}, tmp_path) == ""
         assert "static assertion failed" in errors_of_claims(spec, {name: size + 16}, tmp_path)
 
@@ -158,7 +208,14 @@ PROBLEMS = [
     Problem(sq=130, sk=33, causal=True),  # rows that see nothing
     Problem(sq=129, sk=60, heads=6, kv_heads=2, causal=True, mask=True),
     Problem(sq=256, batch=1, heads=2, mask=True),
-    Problem(d=40, groups=8, sq=40),  # groups of 5 columns
+    Problem(d=40, groups=8, sq=40),  # groups of 5 columns: backward is another family's
+    Problem(sq=49, batch=4, pair_mask=(2, False, True, True)),
+    Problem(d=64, sq=80, sk=144, batch=2, pair_mask=(2, True, True, True)),
+    Problem(sq=144, sk=80, batch=1, heads=2, kv_heads=1, pair_mask=(1, False, True, True), causal=True),
+    Problem(d=16, sq=150, sk=256, batch=2, pair_mask=(2, True, False, True)),
+    Problem(sq=70, sk=130, batch=2, pair_mask=(1, True, True, False)),  # keys are not side by side
+    Problem(sq=64, bias="bfloat16", batch=6, pair_mask=(3, False, True, True), scale=0.0),  # shifted windows
+    Problem(sq=144, bias="bfloat16", batch=2, pair_mask=(2, False, True, True), scale=0.0),
     Problem(sq=49, bias="bfloat16", batch=5),  # blocks walk over batches
     Problem(sq=49, bias="bfloat16", batch=6, bias_period=3, scale=30.0),
     Problem(sq=49, bias="float32", bias_shape="bhqk", batch=3),
@@ -176,6 +233,31 @@ def test_results(problem: Problem, dtype: str) -> None:
     problem = replace(problem, dtype=dtype, short=True)  # type: ignore[arg-type]
     assert any(family_of(spec) == "short" for spec in specs(problem))
     check(problem)
+
+
+BY_WARPGROUPS = [
+    Problem(d=64, sq=49, batch=5),  # a block takes one head after another
+    Problem(d=64, sq=64, sk=33, scale=60.0, softmax="online"),
+    Problem(d=128, sq=128, batch=3, heads=4, kv_heads=2),
+    Problem(d=64, sq=100, sk=150, batch=4, strided=True),
+    Problem(d=96, groups=3, sq=65, scale=0.0),
+    Problem(d=64, groups=8, sq=130, sk=192),
+    Problem(d=40, sq=40, batch=4, l2norm=False),
+    Problem(d=64, sq=256, sk=200, batch=1, scale=60.0, softmax="online"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("problem", BY_WARPGROUPS, ids=str)
+def test_results_by_warpgroups(problem: Problem, dtype: str) -> None:
+    problem = replace(problem, dtype=dtype, short=True, arch="sm90")  # type: ignore[arg-type]
+    assert by_warpgroups(next(specs(problem)))
+    check(problem)
+
+
+def test_warpgroups_in_any_order() -> None:
+    for seed in range(1, 4):
+        check(Problem(d=64, sq=80, batch=4, short=True, arch="sm90"), seed)
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 48, 49, 50, 63, 64, 65, 95, 96, 97, 127, 128, 129, 144, 160, 161])
@@ -261,11 +343,13 @@ def test_one_launch_without_workspace_or_bank_conflicts(d: int) -> None:
 COMPILED = [
     classed(replace(spec, head_dim=d, value_dim=d, **features), length)  # type: ignore[arg-type]
     for spec in (FORWARD, BACKWARD)
-    for d, length in ((32, 64), (32, 144), (64, 64), (64, 128), (128, 64))
+    for d, length in ((32, 64), (32, 144), (64, 64), (64, 128), (64, 192), (128, 64), (128, 128))
     for features in (
         {},
+        {"softmax": "online"},
         {"causal": True},
         {"mask": True},
+        {"pair_mask": True},
         {**BIASED, **({"bias_grad": True} if spec is BACKWARD else {})},
     )
 ]
@@ -280,9 +364,13 @@ def test_registers_and_instructions(spec: KernelSpec, tmp_path: Path) -> None:
     kernel = cubin.kernels["forward" if spec.direction == "forward" else "backward_keys"]
     assert kernel.spilled <= FEW_REGISTERS
     if nvdisasm() is not None:
-        assert kernel.instructions[HMMA[spec.dtype]] > 0
-        assert kernel.count("LDGSTS") > 0
-        assert kernel.count("LDSM") > 0
+        if by_warpgroups(spec):
+            assert kernel.count("HGMMA") > 0
+            assert kernel.count("UTMALDG") > 0
+        else:
+            assert kernel.instructions[HMMA[spec.dtype]] > 0
+            assert kernel.count("LDGSTS") > 0
+            assert kernel.count("LDSM") > 0
         assert sum(kernel.instructions.values()) < 6000, "long code does not stay in the instruction cache"
         atomics = sum(kernel.count(opcode) for opcode in ("RED", "REDG", "ATOM", "ATOMG"))
         assert (atomics > 0) == spec.bias_grad

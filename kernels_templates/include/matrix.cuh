@@ -57,17 +57,20 @@ __device__ __forceinline__ void copy_rows_async(T* tile, const T* global, int64_
     }
 }
 
-// The same for `rows` rows, known at run time, in one loop: `thread` of THREADS.
+// The same for `rows` rows, known at run time, by all threads.
 template <int COLUMNS, int PITCH, int THREADS, class T>
-__device__ __forceinline__ void copy_head_async(T* tile, const T* global, int64_t row_stride, int rows_valid, int rows,
-                                                int thread = int(threadIdx.x)) {
-    constexpr int PER_ROW = pad16(COLUMNS) * int(sizeof(T)) / 16;
+__device__ __forceinline__ void copy_head_async(T* tile, const T* global, int64_t row_stride, int rows_valid,
+                                                int rows) {
+    constexpr int VECTOR = 16 / int(sizeof(T)), PER_ROW = pad16(COLUMNS) / VECTOR, STEP_ROWS = THREADS / PER_ROW;
+    static_assert(THREADS >= PER_ROW, "a row for all");
+    int row = int(threadIdx.x) / PER_ROW;
+    if (row == STEP_ROWS) return;  // threads left over
+    const int column = int(threadIdx.x) % PER_ROW * VECTOR;
+    const T* source = global + row * row_stride + column;
+    T* target = tile + row * PITCH + column;
 #pragma unroll 4
-    for (int i = thread; i < rows * PER_ROW; i += THREADS) {
-        const int row = i / PER_ROW, column = i % PER_ROW * (16 / int(sizeof(T)));
-        copy_async16(tile + row * PITCH + column, global + row * row_stride + column,
-                     row < rows_valid && column < COLUMNS);
-    }
+    for (; row < rows; row += STEP_ROWS, source += STEP_ROWS * row_stride, target += STEP_ROWS * PITCH)
+        copy_async16(target, source, row < rows_valid && column < COLUMNS);
 }
 
 // Rows of a tile that keep(row) does not want become zeros.
@@ -85,12 +88,25 @@ template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
 __device__ __forceinline__ void store_rows(T* global, int64_t row_stride, const T* tile, int rows_valid,
                                            int thread = int(threadIdx.x)) {
     constexpr int VECTOR = 16 / int(sizeof(T)), PER_ROW = COLUMNS / VECTOR;
+    if constexpr (THREADS == 32 && 32 % PER_ROW == 0) {  // a warp with rows of its own: addresses in steps
+        constexpr int STEP_ROWS = 32 / PER_ROW;
+        const int column = thread % PER_ROW * VECTOR;
+        T* to = global + thread / PER_ROW * row_stride + column;
+        const T* from = tile + thread / PER_ROW * PITCH + column;
+#pragma unroll
+        for (int row = thread / PER_ROW, step = 0; step < (ROWS + STEP_ROWS - 1) / STEP_ROWS; ++step) {
+            if (row < rows_valid && (ROWS % STEP_ROWS == 0 || row < ROWS))
+                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+            row += STEP_ROWS, to += STEP_ROWS * row_stride, from += STEP_ROWS * PITCH;
+        }
+    } else {
 #pragma unroll 4
-    for (int i = thread; i < ROWS * PER_ROW; i += THREADS) {
-        const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
-        if (row < rows_valid)
-            *reinterpret_cast<uint4*>(global + row * row_stride + column) =
-                *reinterpret_cast<const uint4*>(tile + row * PITCH + column);
+        for (int i = thread; i < ROWS * PER_ROW; i += THREADS) {
+            const int row = i / PER_ROW, column = i % PER_ROW * VECTOR;
+            if (row < rows_valid)
+                *reinterpret_cast<uint4*>(global + row * row_stride + column) =
+                    *reinterpret_cast<const uint4*>(tile + row * PITCH + column);
+        }
     }
 }
 

@@ -128,6 +128,7 @@ template <int D, int GROUPS, bool NORMALIZE, int PITCH, int THREADS, class T>
 __device__ __forceinline__ void normalize_head_tile(T* tile, int rows) {
     constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, BATCH = 4;  // rows of a lane at once
     const int lane = int(threadIdx.x) % LANES;
+#pragma unroll 1
     for (int pass = 0; pass < rows; pass += BATCH * ROWS_PER_PASS) {
         const int first = pass + int(threadIdx.x) / LANES;
         const auto inside = [&](int i) { return lane * 8 < D && first + i * ROWS_PER_PASS < rows; };
