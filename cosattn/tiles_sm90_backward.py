@@ -42,7 +42,6 @@ class BackwardTiles:
     """By keys: k_hat and v are operands in registers."""
     query_warpgroup: bool = False
     """By keys: dQ is the work of the warpgroup that brings the tiles; else of the two that own keys."""
-    turns: bool = False
     fold: bool = False
     """-lse and -delta are added by the products, as three bfloat16 parts each."""
 
