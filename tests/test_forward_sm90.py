@@ -32,9 +32,9 @@ def test_what_is_served() -> None:
 
 
 def test_few_queries_of_narrow_heads_get_smaller_blocks() -> None:
-    causal = replace(PLAIN, causal=True)  # what the kernels for short sequences are not chosen for
-    backward = replace(causal, direction="backward", head_dim=32, value_dim=32)
-    for spec, rows in ((causal, 64), (backward, 128), (replace(backward, head_dim=40), 64)):
+    unequal = replace(PLAIN, value_dim=32)  # what the kernels for short sequences are not chosen for
+    backward = replace(unequal, direction="backward", head_dim=24)
+    for spec, rows in ((unequal, 64), (backward, 128), (replace(backward, head_dim=40), 64)):
         few = sized(spec, rows, rows)
         assert (family_of(few), family_of(sized(few, rows + 1, rows))) == ("sm80", "sm90")
         assert sized(few, rows + 1, rows) == spec
