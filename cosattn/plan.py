@@ -239,8 +239,7 @@ class Plan:
             bias=None if bias is None else DTYPE_NAMES[bias.dtype],
             softmax=softmax,
         )
-        group, heads = sizes.q_heads // sizes.kv_heads, sizes.batch * sizes.kv_heads
-        self._spec = families.sized(spec, sizes.q_len, sizes.k_len, group, heads)
+        self._spec = self._sized(spec)
         self._kernel = load(self._spec)
         if self.ready:
             out_shape, out_strides = self._out or (q.shape, q.stride())
@@ -253,6 +252,11 @@ class Plan:
             # Shape and type without memory: torch.empty_like reads its arguments faster than new_empty.
             self._lse = q.new_empty(self._lse_shape, dtype=torch.float32)
             self._lse.untyped_storage().resize_(0)
+
+    def _sized(self, spec: KernelSpec) -> KernelSpec:
+        sizes = self._sizes
+        group, heads = sizes.q_heads // sizes.kv_heads, sizes.batch * sizes.kv_heads
+        return families.sized(spec, sizes.q_len, sizes.k_len, group, heads)
 
     def for_host(self) -> dict[str, Any] | None:
         """What the host extension needs to serve calls of this plan; None where it can not."""
@@ -460,9 +464,7 @@ class Plan:
     ) -> Backward:
         assert self._spec is not None
         spec = replace(self._spec, direction="backward", deterministic=deterministic, bias_grad=bias_grad)
-        sizes = self._sizes
-        group, heads = sizes.q_heads // sizes.kv_heads, sizes.batch * sizes.kv_heads
-        spec = families.sized(spec, sizes.q_len, sizes.k_len, group, heads)
+        spec = self._sized(spec)
         kernel: launch.Kernel | None = None
         try:
             kernel = load(spec)

@@ -15,3 +15,8 @@ template <int SIZE> struct Ring {
 __device__ __forceinline__ Descriptor further(Descriptor d, uint32_t by) {
     return (d & 0xffffffff00000000u) | uint32_t(uint32_t(d) + by);
 }
+
+// Where a 16-byte chunk of a row is in a slab: what the swizzle of that pitch does.
+template <int PITCH_BYTES> __device__ __forceinline__ int swizzled(int row, int chunk) {
+    return row * PITCH_BYTES + ((chunk ^ (PITCH_BYTES == 128 ? row : row >> 1)) % (PITCH_BYTES / 16)) * 16;
+}
