@@ -101,6 +101,7 @@ def render(spec: KernelSpec) -> Rendered:
         "bias_element": _ELEMENTS[spec.bias] if spec.bias else None,
         **_CUTS[family, spec.direction](spec),
     }
-    name = "forward_by_warpgroups" if family == "short" and tiles_short.by_warpgroups(spec) else spec.direction
+    short_forward = family == "short" and spec.direction == "forward"
+    name = tiles_short.forward_template(spec) if short_forward else spec.direction
     source = _environment().get_template(f"{family}/{name}.cu.jinja").render(variables)
     return Rendered(spec, source, _headers_of(source, variables))

@@ -51,18 +51,23 @@ def _whole(rows: int, step: int) -> int:
 class WarpgroupTiles:
     """How the forward kernel of warpgroups is cut: a head lies in shared memory as a whole."""
 
+    warpgroups: int
+    """Warpgroups of a block; each takes 64 query rows at a time."""
     block_n: int
     """Keys whose logits are held in registers at once."""
     stages: int
     """Heads in shared memory: with two, the next one arrives while this one is worked on."""
     blocks_per_sm: int
     """Thread blocks that shared memory and the register allocation leave room for."""
+    by_slabs: bool = False
+    """With one head in shared memory: all logits first, then O by slabs of columns, for wide heads."""
     norm_batch: int = 4
     """Rows of a thread that go through the norm together, at most."""
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
-        return self.stages * (6 * spec.short * padded(spec.head_dim) + 24) + ALIGNMENT
+        barriers = 3 * self.stages if self.stages > 1 else 4 + self.warpgroups
+        return self.stages * 6 * spec.short * padded(spec.head_dim) + 8 * barriers + ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +135,22 @@ def by_warpgroups(spec: KernelSpec) -> bool:
     )
 
 
+def forward_template(spec: KernelSpec) -> str:
+    """The forward kernel of a size class."""
+    if not by_warpgroups(spec):
+        return "forward"
+    return "forward_by_warpgroups" if warpgroup_tiles(spec).stages > 1 else "forward_in_turns"
+
+
 def warpgroup_tiles(spec: KernelSpec) -> WarpgroupTiles:
-    """Two heads in shared memory where they fit."""
-    tiles = WarpgroupTiles(block_n=64, stages=2, blocks_per_sm=1)
+    """Two heads in shared memory, or where they are large one, and with it twice the blocks a multiprocessor."""
+    wide = spec.head_dim > 64
+    if spec.softmax == "bounded" and spec.short == (128 if wide else 256):
+        tiles = WarpgroupTiles(warpgroups=2, block_n=64, stages=1, blocks_per_sm=1, by_slabs=wide)
+    else:
+        tiles = WarpgroupTiles(spec.short // 64, block_n=64, stages=2, blocks_per_sm=1)
     by_memory = (ARCHS[spec.arch].shared_memory + BLOCK_RESERVED) // (tiles.shared_bytes(spec) + BLOCK_RESERVED)
-    return replace(tiles, blocks_per_sm=max(1, min(by_memory, 256 // spec.short)))
+    return replace(tiles, blocks_per_sm=max(1, min(by_memory, 4 // tiles.warpgroups)))
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
@@ -192,7 +208,7 @@ FEW_HEADS = 132
 """With fewer heads in all the batch, launches and the time of one block decide."""
 
 MEASURED: dict[tuple[str, str], dict[int, tuple[int, int]]] = {
-    ("forward", ""): {32: (256, 256), 64: (256, 128), 128: (128, 128)},
+    ("forward", ""): {32: (256, 256), 64: (256, 256), 128: (128, 128)},
     ("forward", "online"): {32: (144, 256), 64: (0, 64), 128: (0, 64)},
     ("forward", "causal"): {32: (256, 256), 64: (144, 144), 128: (0, 64)},
     ("forward", "causal online"): {32: (144, 256), 64: (0, 64), 128: (0, 64)},
@@ -256,6 +272,8 @@ def cuts(spec: KernelSpec) -> dict[str, Any]:
     """What the templates of the family are given."""
     if by_warpgroups(spec):
         tiles = warpgroup_tiles(spec)
-        columns = sorted({tiles.block_n, pad16(spec.head_dim)})
-        return {"tiles": tiles, "wgmma_columns": columns, "padded": padded, "slab_columns": slab_columns}
+        o_columns = slab_columns(spec.head_dim) if tiles.by_slabs else pad16(spec.head_dim)
+        columns = sorted({tiles.block_n, o_columns})
+        names = {"padded": padded, "slab_columns": slab_columns}
+        return {"tiles": tiles, "wgmma_columns": columns, "o_columns": o_columns, **names}
     return {"tiles": forward_tiles(spec) if spec.direction == "forward" else backward_tiles(spec)}
