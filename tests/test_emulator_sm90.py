@@ -61,7 +61,7 @@ def run(library: Library, *tensors: Tensor, case: int | str = 0, seed: int = 0) 
     bugs: Mapping[str, int] = library.bugs  # type: ignore[attr-defined]
     memory = Guarded()
     inside = [memory.copy(f"tensor {i}", tensor) for i, tensor in enumerate(tensors)]
-    library.configure(seed, patience_s=2)
+    library.configure(seed, patience_s=2, memory=memory)
     pointers = (ctypes.c_void_p * 8)(*(tensor.data_ptr() for tensor in inside))
     status = library.symbols.start(pointers, bugs[case] if isinstance(case, str) else case)
     library.check(status, memory)
@@ -776,6 +776,28 @@ def test_overlapping_kernels() -> None:
     faults(compiled(OVERLAP), message, a, b, case="no_wait")
     faults(compiled(OVERLAP), message, a, b, case="wait_elsewhere")
     faults(compiled(OVERLAP), r"fence_async_global is missing: .*\(inside tensor 0\)", a, b, case="fence")
+
+
+OVERLAPPED_FIRST = """
+__global__ void only(const float* a, float* b, int bug) {
+    const float early = BUG(read) ? a[threadIdx.x] : 0.f;
+    if (BUG(write)) b[threadIdx.x] = 0.f;
+    if (!BUG(no_wait)) wait_for_previous_kernel();
+    b[threadIdx.x] = a[threadIdx.x] + early;
+}
+extern "C" int start(void** p, int bug) {
+    return launch(only, Launch{dim3(1), 64, 0, nullptr, true}, static_cast<const float*>(p[0]), static_cast<float*>(p[1]), bug);
+}
+"""
+
+
+def test_what_an_overlapping_first_kernel_may_touch() -> None:
+    """Whoever ran before it may still read and write anything."""
+    a, b = torch.ones(64), torch.zeros(64)
+    run(compiled(OVERLAPPED_FIRST), a, b, case=0)
+    assert torch.equal(a, b)
+    for case, verb in (("read", "reads"), ("write", "writes"), ("no_wait", "reads")):
+        faults(compiled(OVERLAPPED_FIRST), f"{verb} address .*, which the previous kernel writes", a, b, case=case)
 
 
 REGISTER_FILE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from test_tiles import LARGEST_BLOCK, REGISTERS, errors_of_claims, pairs_of_dims
 
 from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
+from cosattn.render import render
 from cosattn.spec import KernelSpec
 from cosattn.tiles_short import (
     FEW_HEADS,
@@ -255,6 +257,26 @@ BY_WARPGROUPS = [
 def test_results_by_warpgroups(problem: Problem, dtype: str) -> None:
     problem = replace(problem, dtype=dtype, short=True, arch="sm90")  # type: ignore[arg-type]
     assert by_warpgroups(next(specs(problem)))
+    check(problem)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(sq=70, causal=True, mask=True),
+        Problem(sq=49, batch=3, pair_mask=(3, False, True, True), scale=0.0),
+        Problem(sq=49, bias="bfloat16", batch=3),
+        Problem(sq=144, bias="bfloat16", batch=1, heads=1),
+        Problem(d=64, sq=64, dlse=True),
+    ],
+    ids=str,
+)
+def test_what_overlaps_the_previous_kernel_waits_for_it(problem: Problem) -> None:
+    """The emulator takes all tensors for written by whatever ran before."""
+    problem = replace(problem, short=True, arch="sm90")
+    for spec in specs(problem):
+        assert family_of(spec) == "short"
+        assert not re.search(r"Launch\{[^}]*false\}|OVERLAP = false", render(spec).source.split("cosattn_launch")[1])
     check(problem)
 
 

@@ -79,11 +79,17 @@ class Library:
         self.path = path
         self.symbols = ctypes.CDLL(str(path))
         self.symbols.emulator_configure.argtypes = (ctypes.c_ulonglong, ctypes.c_int)
+        self.symbols.emulator_written_before.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
         self.symbols.emulator_fault.restype = ctypes.c_char_p
 
-    def configure(self, seed: int, patience_s: int = 60) -> None:
-        """Choose the order in which threads and blocks run; reset the statistics."""
+    def configure(self, seed: int, patience_s: int = 60, memory: Guarded | None = None) -> None:
+        """Choose the order in which threads and blocks run; reset the statistics.
+
+        A first launch that overlaps what ran before has to wait before it touches ``memory``.
+        """
         self.symbols.emulator_configure(seed, patience_s)
+        for first, size in memory.spans() if memory is not None else ():
+            self.symbols.emulator_written_before(first, size)
 
     def statistics(self) -> dict[str, int]:
         counts = (ctypes.c_uint64 * len(STATISTICS))()
@@ -242,7 +248,7 @@ def _launch(
     named = {**tensors, "workspace": workspace}
     addresses = [named[name].data_ptr() if name in named else 0 for name in abi.POINTERS]
     pointers = struct.pack(abi.POINTERS_FORMAT, *addresses)
-    emulated.configure(seed)
+    emulated.configure(seed, memory=memory)
     emulated.check(emulated.symbols.cosattn_launch(pointers, problem, None), memory)
     return emulated.statistics()
 

@@ -37,6 +37,10 @@ class Guarded:
         """A contiguous tensor, all bytes 0xFF."""
         return self.like(name, torch.empty(shape, dtype=dtype))
 
+    def spans(self) -> list[tuple[int, int]]:
+        """First address and bytes of each tensor."""
+        return [(first, last - first) for _, first, last in self._spans if last > first]
+
     def describe(self, address: int) -> str:
         """The tensor nearest to an address, and how far off it is."""
         name, first, last = min(self._spans, key=lambda span: max(span[1] - address, address - span[2]))
