@@ -231,6 +231,10 @@ MEASURED: dict[tuple[str, str], dict[int, tuple[int, int]]] = {
 than the others, with few heads and with more."""
 
 
+NOT_MEASURED: dict[tuple[str, str, int], range] = {("forward", "", 64): range(129, 193)}
+"""Lengths below those of ``MEASURED`` that did not run with more heads, by direction, features and head dim."""
+
+
 def measured(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -> bool:
     """Whether a call is of those that ``MEASURED`` speaks of; ``heads`` are those of k and v in all the batch."""
     like = KernelSpec(
@@ -257,8 +261,10 @@ def measured(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -
     many = (heads if spec.direction == "backward" else heads * group) >= FEW_HEADS
     if spec.direction == "backward" and group > 1 and not many:  # a block has all queries of its keys
         return False
-    longest = MEASURED.get((spec.direction, _features(spec)), {}).get(spec.head_dim, (0, 0))
-    return max(q_len, k_len) <= longest[many]
+    features, length = _features(spec), max(q_len, k_len)
+    if many and length in NOT_MEASURED.get((spec.direction, features, spec.head_dim), ()):
+        return False
+    return length <= MEASURED.get((spec.direction, features), {}).get(spec.head_dim, (0, 0))[many]
 
 
 def _features(spec: KernelSpec) -> str:

@@ -258,8 +258,11 @@ def windows_block(results: Results) -> str:
     return "\n\n".join([table(header, lines), machine(result), *plot])
 
 
-def short_sequences_block(results: Results) -> str:
-    """Short sequences: microseconds and times the rivals, one line a shape, and in how many the aims are reached."""
+def short_sequences_block(results: Results, most_heads: bool = False) -> str:
+    """Short sequences: microseconds and times the rivals, one line a shape, and in how many the aims are reached.
+
+    ``most_heads`` leaves out the lines of fewer heads, but not what the counts say of them.
+    """
     result = results.get("short")
     if result is None:
         return missing("short")
@@ -288,7 +291,12 @@ def short_sequences_block(results: Results) -> str:
         place = f"d {case['head_dim']}, S {case['seq_len']}, {case['batch'] * case['heads']} heads"
         cells.setdefault(place, {})[case["direction"]] = f"{', '.join(shown)} ({', '.join([*ratios, floor])})"
     names = ("forward", "backward", "both")
-    lines = [[place, *(found.get(name, "-") for name in names)] for place, found in cells.items()]
+    most = max((row["case"]["batch"] * row["case"]["heads"] for row in result["rows"]), default=0)
+    lines = [
+        [place, *(found.get(name, "-") for name in names)]
+        for place, found in cells.items()
+        if not most_heads or place.endswith(f", {most} heads")
+    ]
     note = (
         "Microseconds; in brackets times eager normalise + SDPA, the better of compiled normalise + cuDNN or FA2, and "
         "the better of these two with nothing to normalise. "
@@ -298,7 +306,13 @@ def short_sequences_block(results: Results) -> str:
         for name, found in reached.items()
         if found
     )
-    return "\n\n".join([table(["bfloat16", *names], lines), f"{note}{counts}. {machine(result)}"])
+    every = "Of all shapes: " if most_heads else ""
+    return "\n\n".join([table(["bfloat16", *names], lines), f"{note}{every}{counts}. {machine(result)}"])
+
+
+def few_short_sequences_block(results: Results) -> str:
+    """The lines of the most heads alone."""
+    return short_sequences_block(results, most_heads=True)
 
 
 def memory_block(results: Results) -> str:
@@ -445,6 +459,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "hopper-short": hopper_short_block,
     "windows": windows_block,
     "short-sequences": short_sequences_block,
+    "short-sequences-most-heads": few_short_sequences_block,
     "memory": memory_block,
     "host": host_block,
     "accuracy": accuracy_block,

@@ -437,7 +437,7 @@ def test_short_sequences_are_measured_and_shown(tmp_path: Path, monkeypatch: pyt
         short_sequences.run_short(replace(SMALL_CASE, direction=direction), Stopwatch(CPU, budget_s=0.01))
         for direction in ("forward", "backward")
     ]
-    assert (short_sequences.GRAPH in rows[0]["timings"], short_sequences.GRAPH in rows[1]["timings"]) == (True, False)
+    assert all(short_sequences.GRAPH in row["timings"] for row in rows)
     assert {*short_sequences.COMPILED.values(), *short_sequences.BARE.values()} <= set(rows[0]["ratios"])
     (tmp_path / "short.json").write_text(json.dumps({"environment": benchmark.environment(CPU), "rows": rows}))
     block = tables.short_sequences_block(tables.Results(tmp_path, tmp_path / "page.md"))
@@ -445,3 +445,14 @@ def test_short_sequences_are_measured_and_shown(tmp_path: Path, monkeypatch: pyt
     assert line.count("of the copy rate") == 2
     assert re.search(r"\d of 2 at 3× eager or more, \d of 2 at 1.5× compiled", block)
     assert line.rstrip(" |").endswith("-"), "forward and backward together were not measured"
+    fewer = {**rows[0], "case": {**rows[0]["case"], "batch": 1, "heads": 1}}
+    (tmp_path / "short.json").write_text(
+        json.dumps({"environment": benchmark.environment(CPU), "rows": [*rows, fewer]})
+    )
+    whole, short = (
+        [line for line in text.splitlines() if line.startswith("| d ")]
+        for show in (tables.short_sequences_block, tables.few_short_sequences_block)
+        for text in [show(tables.Results(tmp_path, tmp_path / "page.md"))]
+    )
+    assert (len(whole), len(short)) == (2, 1)
+    assert set(short) < set(whole)
