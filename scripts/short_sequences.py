@@ -70,7 +70,7 @@ compiled_normalize = torch.compile(normalize)
 
 
 def run_short(case: Case, stopwatch: Stopwatch) -> dict[str, Any]:
-    """Ours, eager and as a CUDA graph, eager normalise + SDPA, compiled normalise + cuDNN and FA2, and these two alone."""
+    """Ours, eager and as a graph, eager normalise + SDPA, compiled normalise + cuDNN and FA2, and these two alone."""
     x = make_inputs(case, stopwatch.device)
     for tensor in (x.q, x.k):
         for axis in (0, 2):

@@ -786,7 +786,8 @@ __global__ void only(const float* a, float* b, int bug) {
     b[threadIdx.x] = a[threadIdx.x] + early;
 }
 extern "C" int start(void** p, int bug) {
-    return launch(only, Launch{dim3(1), 64, 0, nullptr, true}, static_cast<const float*>(p[0]), static_cast<float*>(p[1]), bug);
+    const auto a = static_cast<const float*>(p[0]);
+    return launch(only, Launch{dim3(1), 64, 0, nullptr, true}, a, static_cast<float*>(p[1]), bug);
 }
 """
 

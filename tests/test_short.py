@@ -158,7 +158,8 @@ def test_tiles_fit(arch: str, dtype: str) -> None:
                 assert whole.shared_bytes(chosen) <= limit, chosen.name
                 assert chosen.short >= length, "a block holds all of a head"
                 assert chosen.short % whole.block_n == 0, chosen.name
-                assert 2 * chosen.short * whole.blocks_per_sm * 128 <= REGISTERS, chosen.name
+                assert chosen.short % (64 * whole.warpgroups) == 0, "whole turns"
+                assert 128 * whole.warpgroups * whole.blocks_per_sm * 128 <= REGISTERS, chosen.name
             elif direction == "forward":
                 tiles = forward_tiles(chosen)
                 assert tiles.shared_bytes(chosen, length) <= limit, chosen.name
