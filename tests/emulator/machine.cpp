@@ -498,8 +498,8 @@ extern "C" void emulator_configure(unsigned long long seed, int patience_s) {
     m.statistics = {};
     m.written.clear();
 }
-// Whatever ran before the next launch may have written this: that launch, if it overlaps, has to wait before it reads or
-// writes there.
+// Whatever ran before the next launch may have written this: that launch, if it overlaps, has to wait before it reads
+// or writes there.
 extern "C" void emulator_written_before(const void* address, size_t bytes) { m.written.add(address, bytes); }
 extern "C" const char* emulator_fault() { return fault_message(); }
 extern "C" void emulator_statistics(uint64_t* out) { memcpy(out, &m.statistics, sizeof m.statistics); }
