@@ -87,6 +87,9 @@ TARGETS = (
     Target(q_len=1, k_len=2001, heads=8, kv_heads=2),  # keys split over blocks
     Target(q_len=50, k_len=5000, head_dim=128, value_dim=128, causal=True, mask=True),
     Target(heads=4, kv_heads=1, head_dim=192, value_dim=128, q_len=200, k_len=130, causal=True, mask=True),
+    Target(batch=4, heads=50, kv_heads=50, q_len=120, k_len=125, head_dim=128, value_dim=128),  # short, a head a block
+    Target(batch=4, heads=50, kv_heads=50, q_len=250, k_len=240),
+    Target(heads=4, kv_heads=2, head_dim=96, value_dim=96, q_len=333, k_len=270, causal=True),
 )
 
 
