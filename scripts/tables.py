@@ -48,6 +48,11 @@ class Results:
         path = self.folder / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def runs(self, name: str) -> dict[str, Result]:
+        """``name.json`` and ``name_*.json``, other runs of other cases, by file name without its ending."""
+        paths = [self.folder / f"{name}.json", *sorted(self.folder.glob(f"{name}_*.json"))]
+        return {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
+
     def plot(self, name: str, title: str) -> list[str]:
         """The image of a result file, as Markdown; nothing when there is none."""
         folder = Path(os.path.relpath(self.folder, self.page.parent)).as_posix()
@@ -159,10 +164,13 @@ def speed_block(results: Results) -> str:
     return "\n\n".join([*parts, f"{note} {machine(result)}", *results.plot("speed", "milliseconds over length")])
 
 
-def hopper_results(results: Results) -> dict[str, Result]:
-    """The grids of a Hopper GPU there are, by direction."""
-    found = {direction: results.get(f"hopper_{direction}") for direction in ("forward", "backward")}
-    return {direction: result for direction, result in found.items() if result is not None}
+def hopper_results(results: Results) -> list[tuple[str, str, Result]]:
+    """The grids of a Hopper GPU there are: direction, name of the file, content."""
+    return [
+        (direction, name, result)
+        for direction in ("forward", "backward")
+        for name, result in results.runs(f"hopper_{direction}").items()
+    ]
 
 
 def hopper_note(result: Result) -> str:
@@ -200,7 +208,7 @@ def hopper_cells(row: Result | None) -> list[str]:
 def hopper_block(results: Results) -> str:
     """The whole grid of each direction, and its geometric means; nothing before it is measured."""
     parts = []
-    for direction, result in hopper_results(results).items():
+    for direction, name, result in hopper_results(results):
         columns = ("cosattn", "best other", "ratio", "clock, power")
         header = [f"{direction}, TFLOP/s", *columns, *(f"causal: {column}" for column in columns)]
         lines = [
@@ -208,14 +216,14 @@ def hopper_block(results: Results) -> str:
             for (head_dim, length), rows in hopper_sizes(result).items()
         ]
         parts += [table(header, lines), table(SUMMARY_HEADER, summary_rows(result["rows"])), hopper_note(result)]
-        parts += results.plot(f"hopper_{direction}", "TFLOP/s over length")
+        parts += results.plot(name, "TFLOP/s over length")
     return "\n\n".join(["## Against the kernels of a Hopper GPU", *parts] if parts else [])
 
 
 def hopper_short_block(results: Results) -> str:
     """One line for each head dim and mask: TFLOP/s and, in brackets, the ratio to the best rival."""
     parts = []
-    for direction, result in hopper_results(results).items():
+    for direction, _, result in hopper_results(results):
         sizes = hopper_sizes(result)
         lengths = list(dict.fromkeys(length for _, length in sizes))
 

@@ -360,8 +360,12 @@ def test_the_tables_of_a_grid(tmp_path: Path) -> None:
     facts = {"date": "2026-01-01", "torch": "2", "cosattn": "0", "commit": "abc", "gpu": "NVIDIA H200"}
     result = {"environment": facts, "rivals": {"FA3": "fa3 1"}, "missing": {"fa4": "ImportError: no"}, "rows": GRID}
     (results / "hopper_forward.json").write_text(json.dumps(result))
+    other = result | {"environment": facts | {"commit": "def"}, "rows": [grid_row(256, 512, 600.0)]}
+    (results / "hopper_forward_wide.json").write_text(json.dumps(other))  # another run: its own table and note
     run("scripts/tables.py", "--results", results, page)
     text = re.sub(" +", " ", page.read_text())
+    assert [re.findall(f"at `({commit})`", text) for commit in ("abc", "def")] == [["abc"] * 2, ["def"] * 2]
+    assert "| d 256 | 600 |" in text
     first = "| d 64, S 512 | 400 | 320 FA4 | 1.25× | 1600 MHz 690 W | 300 | 375 FA3 | 0.80× | 1600 MHz 690 W |"
     assert first in text
     assert "| d 128, S 65536 | did not run | 650 FA3 | - | - | - | - | - | - |" in text
