@@ -249,6 +249,7 @@ BY_WARPGROUPS = [
     Problem(d=96, groups=3, sq=65, scale=0.0),
     Problem(d=64, groups=8, sq=130, sk=192),
     Problem(d=40, sq=40, batch=4, l2norm=False),
+    Problem(d=64, sq=256, sk=200, batch=1, scale=60.0, softmax="online"),
     Problem(d=128, sq=100, sk=128, scale=60.0, softmax="online"),
     Problem(d=64, sq=256, sk=200, batch=2, heads=2),
     Problem(d=64, sq=200, sk=256, batch=1, heads=2),  # few heads: a block for each turn
