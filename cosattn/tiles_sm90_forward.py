@@ -42,7 +42,7 @@ class ForwardTiles:
     polynomial: int = 0
     """Of eight exponentials, how many are polynomials."""
     key_factors: bool = False
-    """1 / |k| multiplies the logits, computed beside them; else a pre-pass writes k_hat."""
+    """1 / |k| multiplies the logits, by one more warpgroup beside them; else a pre-pass writes k_hat."""
 
     @property
     def block_m(self) -> int:
@@ -52,7 +52,14 @@ class ForwardTiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that copies, and of one that attends."""
+        if self.key_factors:
+            return 24, 224
         return {2: (40, 232), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
+
+    @property
+    def norm_registers(self) -> int:
+        """Of a thread of the warpgroup that computes 1 / |k|, where there is one."""
+        return 40 if self.key_factors else 0
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
@@ -75,9 +82,10 @@ def forward_tiles(spec: KernelSpec) -> ForwardTiles:
 
 
 def _key_factors(spec: KernelSpec) -> bool:
-    """Where products take so long that one more multiplication a logit does not show."""
+    """Where products take so long that one more multiplication a logit does not show, and registers are left."""
     plain = spec.l2norm and spec.groups == 1 and not spec.mask and spec.bias is None
-    return plain and max(spec.head_dim, spec.value_dim) > 96
+    widest = max(spec.head_dim, spec.value_dim)
+    return plain and 96 < widest <= (256 if spec.softmax == "bounded" else 192)
 
 
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
@@ -106,16 +114,23 @@ def serves(spec: KernelSpec) -> bool:
     return spec.dtype != "float32" and (spec.bias is None or max(spec.head_dim, spec.value_dim) > 32)
 
 
+def value_columns(spec: KernelSpec) -> list[int]:
+    """Columns of O of each product with V."""
+    columns = pad16(spec.value_dim)
+    return [128, columns - 128] if forward_tiles(spec).key_factors and columns > 192 else [columns]
+
+
 def wgmma_columns(spec: KernelSpec) -> list[int]:
     """Columns of the accumulators that the kernel multiplies into."""
     tiles = forward_tiles(spec)
-    return sorted({tiles.block_n, pad16(spec.value_dim)})
+    return sorted({tiles.block_n, *value_columns(spec)})
 
 
 def cuts(spec: KernelSpec) -> dict[str, Any]:
     """What the templates of the family are given."""
     return {
         "tiles": forward_tiles(spec),
+        "value_columns": value_columns(spec),
         "wgmma_columns": wgmma_columns(spec),
         "padded": padded,
         "slab_columns": slab_columns,

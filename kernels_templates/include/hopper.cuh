@@ -151,6 +151,18 @@ __device__ __forceinline__ void pass_turn(unsigned* turn, unsigned mine) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(mine + 1) : "memory");
 }
 
+// ---- floats that blocks tell each other ---------------------------------------------------------------------------
+
+// Whoever is late sees what was there before.
+__device__ __forceinline__ float look_at_float(const float* at) {
+    float x;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ void tell_float(float* at, float x) {
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(at), "f"(x) : "memory");
+}
+
 // ---- products of a warpgroup: wgmma.cuh has the shapes ------------------------------------------------------------
 
 // A matrix in shared memory, as products read it: slabs of rows of PITCH = 32, 64 or 128 bytes, swizzled as

@@ -200,22 +200,3 @@ __device__ __forceinline__ void normalize_head(const T* from, int64_t stride, in
         if (row < length && lane * 8 < D) store(row, lane * 8, x[pass]);
     }
 }
-
-// 1 / |x| of ROWS rows of one head, from row `first` on; 0 for the rows from `length` to `padded` - 1.
-template <int ROWS, int D, int THREADS, class T>
-__device__ __forceinline__ void inverse_norms_of_head(float* to, const T* from, int64_t stride, int first, int length,
-                                                      int padded) {
-    constexpr int LANES = row_lanes(D), ROWS_PER_PASS = THREADS / LANES, PASSES = ROWS / ROWS_PER_PASS;
-    static_assert(ROWS % ROWS_PER_PASS == 0, "rows of a block");
-    const int lane = int(threadIdx.x) % LANES;
-    first += int(threadIdx.x) / LANES;
-    float x[PASSES][8] = {};
-    load_head_rows<D, ROWS_PER_PASS>(x, from, stride, first, length, lane, KeepAll());
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int row = first + pass * ROWS_PER_PASS;
-        float inverse[8];
-        inverse_norms<D, 1>(inverse, x[pass], lane);
-        if (row < padded && lane == 0) to[row] = inverse[0];
-    }
-}

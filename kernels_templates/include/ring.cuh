@@ -11,6 +11,12 @@ template <int SIZE> struct Ring {
     }
 };
 
+// One arrival for a warp.
+__device__ __forceinline__ void warp_arrive(uint32_t barrier) {
+    __syncwarp();
+    if (lane_id() == 0) mbarrier_arrive(barrier);
+}
+
 // Further on in shared memory, in units of 16 bytes.
 __device__ __forceinline__ Descriptor further(Descriptor d, uint32_t by) {
     return (d & 0xffffffff00000000u) | uint32_t(uint32_t(d) + by);
