@@ -131,6 +131,8 @@ PROBLEMS = [
     Problem(d=96, sq=140, sk=150, causal=True, mask=True, groups=2),
     Problem(d=128, sq=300, heads=4, kv_heads=2, causal=True),
     Problem(d=128, sq=200, sk=1000, dtype="float16"),
+    Problem(d=128, sq=520, sk=300, heads=4, kv_heads=1),  # tiles of keys in another order for each block of rows
+    Problem(d=104, sq=260, sk=600, causal=True, l2norm=False),
     Problem(d=128, sq=150, groups=2),
     Problem(d=128, sq=150, mask=True),
     Problem(d=128, sq=65, softmax="online", scale=60.0, strided=True),
@@ -141,6 +143,8 @@ PROBLEMS = [
     Problem(d=192, dv=64, sq=333, causal=True, batch=1),
     Problem(d=216, sq=65, sk=140, mask=True, dtype="float16"),
     Problem(d=256, sq=300, batch=1, causal=True),
+    Problem(d=256, sq=200, sk=330),  # rows leave in two parts
+    Problem(d=256, sq=400, sk=100, batch=1, causal=True),  # some rows see nothing
     Problem(d=256, sq=100, batch=1, bias="float16"),
 ]
 
@@ -182,6 +186,21 @@ def test_the_same_bits_in_any_order() -> None:
     t, spec = tensors_of(problem), next(specs(problem))
     first, *others = (harness.run_forward(spec, t.q, t.k, t.v, seed=seed).out for seed in range(4))
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(("d", "causal"), [(128, False), (192, True), (256, False)])
+def test_blocks_tell_each_other_the_norms_of_keys(d: int, causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 300, d, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    k[1, 0, 70] = 0
+    spec = harness.spec_of("forward", q, k, v, arch="sm90", causal=causal)
+    tiles = forward_tiles(spec)
+    assert tiles.key_factors
+    padded_keys = -(-300 // tiles.block_n) * tiles.block_n
+    told = harness.run_forward(spec, q, k, v).workspace[256:].view(torch.float32)[: 4 * padded_keys]
+    expected = torch.zeros(2, 2, padded_keys)
+    expected[:, :, :300] = k.float().norm(dim=-1).reciprocal().nan_to_num(posinf=0.0)
+    torch.testing.assert_close(told.view_as(expected), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])

@@ -58,6 +58,8 @@ class Forward:
     out: Tensor
     lse: Tensor
     statistics: dict[str, int]
+    workspace: Tensor
+    """Bytes, as the kernel left them."""
 
 
 @dataclass
@@ -177,8 +179,8 @@ def run_forward(
     lse = memory.empty("lse", tuple(q.shape[:-1]), torch.float32)
     if want_lse:
         tensors["lse"] = lse
-    statistics = _launch(spec, memory, tensors, scale, seed)
-    return Forward(tensors["out"].clone(), lse.clone(), statistics)
+    statistics, workspace = _launch(spec, memory, tensors, scale, seed)
+    return Forward(tensors["out"].clone(), lse.clone(), statistics, workspace.clone())
 
 
 def run_backward(
@@ -210,7 +212,7 @@ def run_backward(
         tensors["dbias"] = memory.empty("dbias", tuple(bias.shape), torch.float32)
     if want_dscale:
         tensors["dscale"] = memory.empty("dscale", tuple(q.shape[:-1]), torch.float32)
-    statistics = _launch(spec, memory, tensors, scale, seed)
+    statistics, _ = _launch(spec, memory, tensors, scale, seed)
     dq, dk, dv = (tensors[name].clone() for name in ("dq", "dk", "dv"))
     dbias, dscale = (tensors[name].clone() if name in tensors else None for name in ("dbias", "dscale"))
     return Backward(dq, dk, dv, dbias, dscale, statistics)
@@ -239,7 +241,7 @@ def _stored_like(tensor: Tensor, width: int) -> Tensor:
 
 def _launch(
     spec: KernelSpec, memory: Guarded, tensors: Mapping[str, Tensor], scale: float | Tensor, seed: int
-) -> dict[str, int]:
+) -> tuple[dict[str, int], Tensor]:
     emulated = library(spec)
     problem = _problem(tensors, scale)
     workspace_bytes = emulated.symbols.cosattn_workspace_bytes
@@ -250,7 +252,7 @@ def _launch(
     pointers = struct.pack(abi.POINTERS_FORMAT, *addresses)
     emulated.configure(seed, memory=memory)
     emulated.check(emulated.symbols.cosattn_launch(pointers, problem, None), memory)
-    return emulated.statistics()
+    return emulated.statistics(), workspace
 
 
 def _problem(tensors: Mapping[str, Tensor], scale: float | Tensor) -> bytes:
