@@ -6,28 +6,6 @@
 
 constexpr float EPSILON = 1e-12f;
 
-// Multiplies two packed elements by a float32 factor.
-template <class T> struct PairFactor {
-    float factor;
-    __device__ __forceinline__ explicit PairFactor(float x) : factor(x) {}
-    __device__ __forceinline__ uint32_t operator()(uint32_t x) const {
-        const float2 y = unpack2<T>(x);
-        return pack2<T>(y.x * factor, y.y * factor);
-    }
-};
-// By two bfloat16 parts of the factor, which together are off by 2^-17: two instructions instead of five.
-template <> struct PairFactor<bf16> {
-    uint32_t high, low;
-    __device__ __forceinline__ explicit PairFactor(float x) {
-        high = pack2<bf16>(x, x);
-        const float rest = x - unpack2<bf16>(high).x;
-        low = pack2<bf16>(rest, rest);
-    }
-    __device__ __forceinline__ uint32_t operator()(uint32_t x) const {
-        return multiply_add_bf16x2(x, high, multiply_add_bf16x2(x, low, 0));
-    }
-};
-
 constexpr int row_lanes(int columns) {
     int lanes = 1;
     while (lanes * 8 < columns) lanes *= 2;

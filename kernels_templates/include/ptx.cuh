@@ -44,13 +44,6 @@ template <> __device__ __forceinline__ float2 unpack2<f16>(uint32_t x) {
     return make_float2(to_float(f16{uint16_t(x)}), to_float(f16{uint16_t(x >> 16)}));
 }
 
-// a b + c, for two bfloat16 each, rounded once.
-__device__ __forceinline__ uint32_t multiply_add_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
 // The nearest float of 19 bits: what a TF32 operand keeps. What x - tf32_nearest(x) makes of a NaN or Inf is NaN.
 __device__ __forceinline__ float tf32_nearest(float x) {
     return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);

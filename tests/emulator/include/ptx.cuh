@@ -30,12 +30,6 @@ template <class T> inline float2 unpack2(uint32_t x) {
     return make_float2(to_float(T{uint16_t(x)}), to_float(T{uint16_t(x >> 16)}));
 }
 
-// The product of two bfloat16 is exact in float32; the sum, in float64, all but exact.
-inline uint32_t multiply_add_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
-    const float2 x = unpack2<bf16>(a), y = unpack2<bf16>(b), z = unpack2<bf16>(c);
-    return pack2<bf16>(float(double(x.x) * y.x + z.x), float(double(x.y) * y.y + z.y));
-}
-
 inline float tf32_nearest(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
 inline int renew(int x) { return x; }
 inline int thread_again() { return int(threadIdx.x); }
