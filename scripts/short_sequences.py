@@ -76,7 +76,9 @@ def run_short(case: Case, stopwatch: Stopwatch) -> dict[str, Any]:
         for axis in (0, 2):
             torch._dynamo.maybe_mark_dynamic(tensor, axis)
     q, k = (F.normalize(tensor.detach(), dim=-1).requires_grad_() for tensor in (x.q, x.k))
-    contenders: dict[str, Work] = {"cosattn": cosattn_work(case, x), GRAPH: replayed(cosattn_work(case, x))}
+    # Leaves of its own: autograd ends on the stream that a leaf was first used on, which must be the captured one.
+    captured = make_inputs(case, stopwatch.device)
+    contenders: dict[str, Work] = {"cosattn": cosattn_work(case, x), GRAPH: replayed(cosattn_work(case, captured))}
 
     def bare(q: Tensor, k: Tensor, backend: str) -> Tensor:
         return sdpa(q, k, x.v, scale=SCALE, causal=case.causal, backend=backend, normalize=False)
