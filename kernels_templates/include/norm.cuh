@@ -165,18 +165,6 @@ __device__ __forceinline__ void normalize_rows(T* to, const T* from, Stride stri
     if (inside) store8(to + row * D + lane * 8, x);
 }
 
-// Eight columns of a row in each pass, of the rows first, first + ROWS_PER_PASS, ... of one head; zeros for rows from
-// `length` on and those that keep(row) does not want.
-template <int D, int ROWS_PER_PASS, int PASSES, class T, class Keep>
-__device__ __forceinline__ void load_head_rows(float (&x)[PASSES][8], const T* from, int64_t stride, int first,
-                                               int length, int lane_in_row, Keep keep) {
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int row = first + pass * ROWS_PER_PASS;
-        if (row < length && lane_in_row * 8 < D && keep(row)) load8(x[pass], from + row * stride + lane_in_row * 8);
-    }
-}
-
 // ROWS rows of one head, from row `first` on: store(row, column, x) gets eight columns of x_hat (NORMALIZE) or x at a
 // time. Rows that keep(row) does not want become zeros.
 template <int ROWS, int D, int GROUPS, bool NORMALIZE, int THREADS, class T, class Keep, class Store>
@@ -187,7 +175,11 @@ __device__ __forceinline__ void normalize_head(const T* from, int64_t stride, in
     const int lane = int(threadIdx.x) % LANES;
     first += int(threadIdx.x) / LANES;
     float x[PASSES][8] = {};
-    load_head_rows<D, ROWS_PER_PASS>(x, from, stride, first, length, lane, keep);
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const int row = first + pass * ROWS_PER_PASS;
+        if (row < length && lane * 8 < D && keep(row)) load8(x[pass], from + row * stride + lane * 8);
+    }
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         const int row = first + pass * ROWS_PER_PASS;
