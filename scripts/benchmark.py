@@ -438,7 +438,7 @@ TIMED: dict[str, Suite] = {
     "tables": Suite(table_cases, run_table),
     "speed": Suite(speed_cases, run_speed),
     "windows": Suite(window_cases, run_windows),
-    "short": Suite(short_cases, run_short, budget_s=0.006, least=4),
+    "short": Suite(short_cases, run_short, budget_s=0.015, least=5),
     "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True),
     "today": GRID(hopper.today_cases, hopper.run_today, rivals=True),
     "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3),

@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from cases import SCALE, Case, cosattn_work, make_inputs, row_of
 from torch import Tensor
@@ -65,6 +66,7 @@ def normalize(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
 
 
+functorch.donated_buffer = False  # a backward that keeps its graph, as ``directions`` times it, wants that
 compiled_normalize = torch.compile(normalize)
 """One compilation serves all batches and lengths. Attention would stay a call of its own in a larger graph, too."""
 

@@ -120,6 +120,39 @@ def test_suites_that_need_a_gpu_say_so() -> None:
     assert "no GPU" in run("scripts/gpu_check", status=2)
 
 
+class SlowHost:
+    """A GPU on which a sample is late as long as the host has had less than 300 us of a head start."""
+
+    def __init__(self) -> None:
+        self.head_starts: list[int] = []  # cycles
+
+    def _sleep(self, cycles: int) -> None:
+        self.head_starts.append(cycles)
+
+    def Event(self, enable_timing: bool) -> SlowHost:
+        return self
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return self.head_starts[-1] < 300e-6 * 2e9
+
+    def elapsed_time(self, after: SlowHost) -> float:
+        return 99.0 if self.query() else 1.0
+
+
+def test_a_sample_does_not_count_when_the_gpu_was_there_before_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopwatch, gpu = Stopwatch(torch.device("cpu"), least=3, most=3), SlowHost()
+    stopwatch._flush = torch.empty(1)
+    monkeypatch.setattr(torch, "cuda", gpu)
+    times = stopwatch.compare({"one": lambda: None, "other": lambda: None})
+    assert [timing.milliseconds for timing in times.values()] == [1.0, 1.0]
+    assert sum(cycles >= 300e-6 * 2e9 for cycles in gpu.head_starts) == 6, "what was learned holds for all that follow"
+    assert len(gpu.head_starts) < 10
+
+
 def test_bench_module() -> None:
     shape = ["--batch", 1, "--heads", 1, "--head-dim", 16, "--seq-len", 32]
     rows = json.loads(run("-m", "cosattn.bench", *shape, "--json"))["rows"]
