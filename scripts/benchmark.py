@@ -8,14 +8,15 @@
     python scripts/benchmark.py --suite hopper     bf16, d 32 ... 256, S 512 ... 64k, against cuDNN, FA3 and FA4
     python scripts/benchmark.py --suite today      the same for S up to 4096, theirs normalising under torch.compile
     python scripts/benchmark.py --suite flat       cosattn alone, S 64k ... 1M
+    python scripts/benchmark.py --suite product    beside a plain matrix product, under the same power limit
     python scripts/benchmark.py --suite windows    vision windows with bias and mask
     python scripts/benchmark.py --suite short      many heads of 64 ... 512 tokens, eager, compiled and as CUDA graphs
     python scripts/benchmark.py --suite memory     peak extra memory
     python scripts/benchmark.py --suite host       host time per call, first call cold and warm
 
 In every suite cosattn's L2 norm is inside its time. `speed` and `hopper` give the others normalised inputs, so their
-norm is not in theirs; the other suites compare with what a user would write, normalisation included. `hopper`, `today`
-and `flat` take --head-dim, --seq-len, --causal-only and --full-only. FA3 and FA4 are found by their imports.
+norm is not in theirs; the other suites compare with what a user would write, normalisation included. `hopper`, `today`,
+`flat` and `product` take --head-dim, --seq-len, --causal-only and --full-only. FA3 and FA4 are found by their imports.
 """
 
 from __future__ import annotations
@@ -442,6 +443,7 @@ TIMED: dict[str, Suite] = {
     "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True),
     "today": GRID(hopper.today_cases, hopper.run_today, rivals=True),
     "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3),
+    "product": GRID(hopper.product_cases, hopper.run_product),
 }
 OTHER: dict[str, Callable[[torch.device], Iterator[dict[str, Any]]]] = {"memory": run_memory, "host": run_host}
 
@@ -517,8 +519,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--head-dim", nargs="+", type=int, help="default: those of the suite, 64 for the tables")
     p.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], help="hopper, today, short")
     only = p.add_mutually_exclusive_group()
-    only.add_argument("--causal-only", action="store_true", help="hopper, today, flat, short")
-    only.add_argument("--full-only", action="store_true", help="hopper, today, flat")
+    only.add_argument("--causal-only", action="store_true", help="hopper, today, flat, product, short")
+    only.add_argument("--full-only", action="store_true", help="hopper, today, flat, product")
     p.add_argument(
         "--rivals",
         type=lambda text: [name for name in text.split(",") if name],

@@ -1,8 +1,9 @@
-"""The suites for a Hopper GPU: the grid against its fastest kernels, what a user runs today, and long sequences.
+"""The suites for a Hopper GPU: the grid against its fastest kernels, what a user runs today, long sequences, and power.
 
 hopper   raw q and k for cosattn, with the L2 norm inside its time; normalised inputs, and no norm, for the others
 today    the others normalise too, compiled by torch.compile, as they have to without cosattn
 flat     cosattn alone from 64k to 1M tokens: a kernel that streams keeps its speed
+product  beside a plain matrix product: what the tensor cores reach at the clock that the power limit leaves them
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,15 +21,20 @@ from baselines import Rival
 from cases import OURS, SCALE, Case, Inputs, cosattn_work, make_inputs, row_of
 from torch import Tensor
 
-from cosattn.bench import Stopwatch, directions, table
+from cosattn.bench import Stopwatch, directions, table, tflops
 
 HEAD_DIMS = (32, 64, 96, 128, 256)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
 SHORT_LENGTHS = (512, 1024, 2048, 4096)
+PRODUCT_LENGTHS = (4096, 8192, 16384)
 LONG_LENGTHS = (1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)
 TOKENS, HIDDEN = 16384, 2048
 LONG_WORK = 3e14
 """Operations of one call of ``flat``, about half a second; a single head of the longest may take more."""
+
+PRODUCT = "matrix product"
+PRODUCT_SIZE = 8192
+"""Rows and columns of its operands: sixteen rounds of tiles for 132 multiprocessors, the last one nearly full."""
 
 Row = dict[str, Any]
 
@@ -77,6 +84,15 @@ def flat_cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
+def product_cases(args: argparse.Namespace) -> list[Case]:
+    return [
+        square_case(head_dim, length, causal, "forward")
+        for head_dim in args.head_dim or (64, 128, 256)
+        for length in args.seq_len or PRODUCT_LENGTHS
+        for causal in masks(args)
+    ]
+
+
 # Measuring one case
 
 
@@ -115,6 +131,25 @@ def run_today(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
 def run_flat(case: Case, stopwatch: Stopwatch) -> Row:
     """cosattn alone."""
     return compare(case, make_inputs(case, stopwatch.device, heads_last=True), stopwatch, {})
+
+
+def run_product(case: Case, stopwatch: Stopwatch) -> Row:
+    """cosattn beside a product of two bfloat16 matrices of random normal numbers, whose time is that of as many
+    operations as the case has."""
+    a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=torch.bfloat16, device=stopwatch.device) for _ in range(2))
+    x = make_inputs(case, stopwatch.device, heads_last=True)
+    timings = stopwatch.compare({OURS: cosattn_work(case, x), PRODUCT: lambda: a @ b})
+    product = timings[PRODUCT]
+    if product.milliseconds is not None:
+        ratio = case_operations(case) / (2 * PRODUCT_SIZE**3)
+        timings[PRODUCT] = replace(product, milliseconds=product.milliseconds * ratio)
+    return row_of(case, timings)
+
+
+def case_operations(case: Case) -> float:
+    """As TFLOP/s count them."""
+    size = (case.batch, case.heads, case.seq_len, case.seq_len, case.head_dim, case.causal)
+    return 1e9 * tflops(case.direction, *size, 1.0)
 
 
 def able(rivals: Iterable[Rival], case: Case) -> list[Rival]:

@@ -26,7 +26,7 @@ import tables
 from baselines import Rival, load_rivals, sdpa_rival
 from cases import Case
 
-from cosattn.bench import SDPA_BACKENDS, Stopwatch
+from cosattn.bench import SDPA_BACKENDS, Stopwatch, Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,6 +287,16 @@ def test_long_cases_are_bounded() -> None:
         work = 4 * case.heads * case.seq_len**2 * case.head_dim
         assert work <= hopper.LONG_WORK or case.heads == 1
         assert case.heads * case.seq_len >= 1 << 20  # tiles enough for every multiprocessor
+
+
+def test_a_matrix_product_has_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "PRODUCT_SIZE", 64)
+    stopwatch = Stopwatch(torch.device("cpu"))
+    monkeypatch.setattr(stopwatch, "compare", lambda contenders: {name: Timing(2.0, 1) for name in contenders})
+    row = hopper.run_product(Case("bfloat16", 1, 2, 16, 32, "forward", causal=True), stopwatch)
+    assert row["tflops"][hopper.PRODUCT] == pytest.approx(2 * 64**3 / 2e-3 / 1e12)
+    assert row["tflops"][hopper.OURS] == pytest.approx(0.5 * 4 * 2 * 32 * 32 * 16 / 2e-3 / 1e12)
+    assert {case.seq_len for case in hopper.product_cases(arguments("--full-only"))} == {4096, 8192, 16384}
 
 
 def test_the_suites_refuse_what_makes_no_sense() -> None:
