@@ -18,6 +18,7 @@ from test_tiles import errors_of_claims, pairs_of_dims
 
 from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
+from cosattn.reference import cosine_attention_reference
 from cosattn.spec import KernelSpec
 from cosattn.tiles_sm90_forward import forward_tiles, padded, serves, slab_columns, wgmma_columns
 
@@ -223,6 +224,20 @@ def test_blocks_tell_each_other_the_norms_of_keys(d: int, causal: bool) -> None:
     expected = torch.zeros(2, 2, padded_keys)
     expected[:, :, :300] = k.float().norm(dim=-1).reciprocal().nan_to_num(posinf=0.0)
     torch.testing.assert_close(told.view_as(expected), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "keys", "alone"), [(5, 257, True), (7, 257, False), (1, 520, False)])
+def test_few_tiles_of_few_keys_are_one_launch(heads: int, keys: int, alone: bool, causal: bool) -> None:
+    """The emulator has three multiprocessors, so twelve tiles are few; 512 keys are."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, length, 128, dtype=torch.bfloat16) for length in (200, keys, keys))
+    spec = harness.spec_of("forward", q, k, v, arch="sm90", causal=causal)
+    result = harness.run_forward(spec, q, k, v)
+    blocks = min(3, 2 * heads)
+    assert (result.statistics["blocks"] == blocks) == alone
+    expected = cosine_attention_reference(q.double(), k.double(), v.double(), causal=causal)
+    assert relative_error(result.out, expected) < 5e-3
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
