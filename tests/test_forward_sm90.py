@@ -226,10 +226,19 @@ def test_blocks_tell_each_other_the_norms_of_keys(d: int, causal: bool) -> None:
     torch.testing.assert_close(told.view_as(expected), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("heads", "keys", "alone"), [(5, 257, True), (7, 257, False), (1, 520, False)])
-def test_few_tiles_of_few_keys_are_one_launch(heads: int, keys: int, alone: bool, causal: bool) -> None:
-    """The emulator has three multiprocessors, so twelve tiles are few; 512 keys are."""
+@pytest.mark.parametrize(
+    ("heads", "keys", "causal", "alone"),
+    [
+        (5, 250, False, True),
+        (5, 500, True, True),
+        (7, 250, False, False),
+        (7, 250, True, False),
+        (1, 260, False, False),
+        (1, 520, True, False),
+    ],
+)
+def test_few_tiles_of_few_keys_are_one_launch(heads: int, keys: int, causal: bool, alone: bool) -> None:
+    """The emulator has three multiprocessors, so twelve tiles are few; 256 keys are, and 512 under a causal mask."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, length, 128, dtype=torch.bfloat16) for length in (200, keys, keys))
     spec = harness.spec_of("forward", q, k, v, arch="sm90", causal=causal)
