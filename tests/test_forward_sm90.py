@@ -84,7 +84,7 @@ def tuned_specs() -> list[KernelSpec]:
     ]
     found += [replace(PLAIN, dtype="float16", head_dim=d, value_dim=d) for d in TUNED]
     found += [replace(PLAIN, head_dim=40, value_dim=104, groups=5), replace(PLAIN, head_dim=192, value_dim=128)]
-    found += [replace(PLAIN, head_dim=160, value_dim=160)]  # five slabs of 32 columns
+    found += [replace(PLAIN, head_dim=d, value_dim=dv) for d, dv in ((160, 160), (96, 128))]  # odd numbers of slabs
     return [spec for spec in found if serves(spec)]
 
 
