@@ -42,7 +42,7 @@ SDPA_BACKENDS: dict[str, SDPBackend] = {
 }
 
 
-HEAD_START_S = 5e-3
+LONGEST_HEAD_START_S = 5e-3
 """The host gets at most so long before the GPU begins."""
 TRIES = 4
 """For one sample. A call that waits for the GPU is always late; its last try counts."""
@@ -108,7 +108,7 @@ class Stopwatch:
             else:
                 longest_s = max(longest_s, seconds)
         repeats = max(self.least, min(self.most, int(self.budget_s / max(longest_s, 1e-9))))
-        self._head_start_s = min(1.5 * max(host_s.values(), default=0.0) + 50e-6, HEAD_START_S)
+        self._head_start_s = min(1.5 * max(host_s.values(), default=0.0) + 50e-6, LONGEST_HEAD_START_S)
         samples: dict[str, list[float]] = {name: [] for name in host_s}
         readings: dict[str, list[tuple[float, float]]] = {name: [] for name in host_s}
         hot_at = time.perf_counter() + self.heat_s
@@ -154,7 +154,7 @@ class Stopwatch:
             milliseconds, late = self._once(self._flush, work, probe, readings)
             if not late:
                 break
-            self._head_start_s = min(2 * self._head_start_s, HEAD_START_S)
+            self._head_start_s = min(2 * self._head_start_s, LONGEST_HEAD_START_S)
         return milliseconds
 
     def _once(
@@ -253,15 +253,6 @@ def sdpa(
     chosen: AbstractContextManager[object] = sdpa_kernel([SDPA_BACKENDS[backend]]) if backend else nullcontext()
     with chosen:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale)
-
-
-def tflops(
-    direction: str, batch: int, heads: int, q_len: int, k_len: int, head_dim: int, causal: bool, ms: float
-) -> float:
-    """TFLOP/s by the usual count: two products forward, five backward, half of them under a causal mask."""
-    products = {"forward": 2.0, "backward": 5.0, "both": 7.0}[direction]
-    work = products * 2.0 * batch * heads * q_len * k_len * head_dim * (0.5 if causal else 1.0)
-    return work / (ms * 1e-3) / 1e12
 
 
 def environment(device: torch.device) -> dict[str, object]:

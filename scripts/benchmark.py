@@ -517,7 +517,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--heads", type=int, default=8)
     p.add_argument("--head-dim", nargs="+", type=int, help="default: those of the suite, 64 for the tables")
-    p.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], help="hopper, today, short")
+    three = ["forward", "backward", "both"]
+    p.add_argument("--direction", nargs="+", choices=three, help="hopper, today, product, short")
     only = p.add_mutually_exclusive_group()
     only.add_argument("--causal-only", action="store_true", help="hopper, today, flat, product, short")
     only.add_argument("--full-only", action="store_true", help="hopper, today, flat, product")

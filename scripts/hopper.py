@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from baselines import Rival
-from cases import OURS, SCALE, Case, Inputs, cosattn_work, make_inputs, row_of
+from cases import OURS, SCALE, Case, Inputs, cosattn_work, make_inputs, operations, row_of
 from torch import Tensor
 
-from cosattn.bench import Stopwatch, directions, table, tflops
+from cosattn.bench import Stopwatch, directions, table
 
 HEAD_DIMS = (32, 64, 96, 128, 256)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
@@ -85,12 +85,7 @@ def flat_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def product_cases(args: argparse.Namespace) -> list[Case]:
-    return [
-        square_case(head_dim, length, causal, "forward")
-        for head_dim in args.head_dim or (64, 128, 256)
-        for length in args.seq_len or PRODUCT_LENGTHS
-        for causal in masks(args)
-    ]
+    return grid(args, PRODUCT_LENGTHS, ["forward"])
 
 
 # Measuring one case
@@ -141,15 +136,9 @@ def run_product(case: Case, stopwatch: Stopwatch) -> Row:
     timings = stopwatch.compare({OURS: cosattn_work(case, x), PRODUCT: lambda: a @ b})
     product = timings[PRODUCT]
     if product.milliseconds is not None:
-        ratio = case_operations(case) / (2 * PRODUCT_SIZE**3)
+        ratio = operations(case) / (2 * PRODUCT_SIZE**3)
         timings[PRODUCT] = replace(product, milliseconds=product.milliseconds * ratio)
     return row_of(case, timings)
-
-
-def case_operations(case: Case) -> float:
-    """As TFLOP/s count them."""
-    size = (case.batch, case.heads, case.seq_len, case.seq_len, case.head_dim, case.causal)
-    return 1e9 * tflops(case.direction, *size, 1.0)
 
 
 def able(rivals: Iterable[Rival], case: Case) -> list[Rival]:
