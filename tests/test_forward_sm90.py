@@ -250,6 +250,17 @@ def test_few_tiles_of_few_keys_are_one_launch(heads: int, keys: int, causal: boo
     assert relative_error(result.out, expected) < 5e-3
 
 
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+def test_lengths_of_vectors_do_not_count(d: int) -> None:
+    """Powers of two change no bit, as far as squares are floats: products of what is not normalised do not overflow."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 150, d, dtype=torch.bfloat16) for _ in range(3))
+    spec = harness.spec_of("forward", q, k, v, arch="sm90")
+    expected = harness.run_forward(spec, q, k, v).out
+    for q_power, k_power in ((59, 59), (-30, -30), (59, -30), (-30, 59)):
+        assert torch.equal(harness.run_forward(spec, q * 2.0**q_power, k * 2.0**k_power, v).out, expected)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_what_is_not_finite_stays_with_those_that_see_it(d: int) -> None:
     torch.manual_seed(0)
