@@ -12,14 +12,15 @@ from cosattn.spec import KernelSpec
 def family_of(spec: KernelSpec) -> str:
     """The fastest family of the architecture that serves ``spec``; ``sm80`` serves everything.
 
-    ``short`` (one launch, all keys of a head in shared memory) serves what has a size class.
+    ``short`` (one launch, all keys of a head in shared memory) serves what has a size class, but for the larger ones
+    going backward, which are those of sm90 kernels that keep the sums of dQ in shared memory.
     ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers. Masks
     over pairs, which are those of windows, are sm80's too. ``split`` serves few queries of many keys.
     """
     if spec.split:
         return "split"
     if spec.short:
-        return "short"
+        return "sm90" if tiles_sm90_backward.head_class(spec, spec.short) == spec.short else "short"
     for family in ARCHS[spec.arch].families:
         if family == "sm80" or (not spec.few and not spec.pair_mask and spec.dtype != "float32" and _serves_sm90(spec)):
             return family
@@ -41,7 +42,11 @@ def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int =
     spec = replace(spec, few=False, short=0, split=0)
     if tiles_short.measured(spec, q_len, k_len, group, heads) and (size := tiles_short.size_class(spec, q_len, k_len)):
         return replace(spec, short=size)
-    return replace(spec, few=q_len <= few_rows(spec))
+    if q_len <= few_rows(spec):
+        return replace(spec, few=True)
+    if size := tiles_sm90_backward.by_head(spec, q_len, group, heads):
+        return replace(spec, short=size, deterministic=False)  # one block adds to a row: repeatable anyway
+    return spec
 
 
 def _serves_sm90(spec: KernelSpec) -> bool:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cosattn import tiles_short, tiles_split
+from cosattn import tiles_short, tiles_sm90_backward, tiles_split
 from cosattn.arch import ARCHS
 from cosattn.families import few_rows
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
@@ -145,6 +145,8 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
             spec = replace(spec, split=split)
         elif short and tiles_short.size_class(spec, short, short) == short:
             spec = replace(spec, short=short)
+        elif short and tiles_sm90_backward.head_class(spec, short) == short:
+            spec = replace(spec, short=short, deterministic=False)
         elif few:
             spec = replace(spec, few=few_rows(spec) > 0)
         chosen[spec] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cosattn.arch import ARCHS
@@ -11,7 +11,6 @@ from cosattn.tiles import pad16
 
 BLOCK_M = 64
 """Queries of a tile."""
-DS_BUFFERS = 2
 P_BUFFERS = 2
 """Tiles of P on their way from the warpgroup of dV to that of dK."""
 ALIGNMENT = 1024 - 128
@@ -29,7 +28,7 @@ class BackwardTiles:
     """How the backward kernel is cut. A block owns parts of 64 keys and walks over tiles of queries.
 
     Either each part has a warpgroup, and one more brings the tiles; or (``by_gradient``, one part) dV, dK and dQ have
-    a warpgroup each.
+    a warpgroup each. ``by_head``: a block takes all keys of a head, parts after parts.
     """
 
     parts: int
@@ -49,6 +48,10 @@ class BackwardTiles:
     """-lse and -delta are added by the products, as three bfloat16 parts each."""
     early: bool = False
     """By keys: dV begins before dS is there, and S^T of the next tile before dQ is stored."""
+    ds_buffers: int = 2
+    """Tiles of dS in shared memory."""
+    sum_tiles: int = 0
+    """By head: the sums of dQ of so many tiles of queries stay in shared memory."""
 
     @property
     def block_n(self) -> int:
@@ -56,9 +59,14 @@ class BackwardTiles:
         return 64 * self.parts
 
     @property
+    def by_head(self) -> bool:
+        """By keys: a block takes the keys of a head one part after another."""
+        return self.sum_tiles > 0
+
+    @property
     def in_place(self) -> bool:
-        """By keys: k_hat takes the place of k, whose inverse norms are kept; else k stays beside it."""
-        return not (self.by_gradient or self.query_warpgroup)
+        """By keys: k does not stay beside k_hat, its inverse norms are kept."""
+        return self.by_head or not (self.by_gradient or self.query_warpgroup)
 
     @property
     def delta_begins(self) -> bool:
@@ -68,20 +76,31 @@ class BackwardTiles:
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = (padded(columns, narrow=not self.by_gradient) for columns in (spec.head_dim, spec.value_dim))
+        if self.by_head:
+            return self._shared_bytes_by_head(spec, d, dv)
         k_columns = d if self.slice == 64 else 2 * self.slice
         keys = self.block_n * ((1 if self.by_gradient or self.in_place else 2) * k_columns + dv)
         queries = self.stages * BLOCK_M * (d + dv)
-        ds = DS_BUFFERS * self.block_n * BLOCK_M
+        ds = self.ds_buffers * self.block_n * BLOCK_M
         if self.by_gradient:
             between = 2 * P_BUFFERS * self.block_n * BLOCK_M
-            barriers = 8 * (1 + 2 * self.stages + 2 * P_BUFFERS + 2 * DS_BUFFERS)
+            barriers = 8 * (1 + 2 * self.stages + 2 * P_BUFFERS + 2 * self.ds_buffers)
         else:
             between = 0 if self.query_warpgroup else self.parts * 64 * self.slice * 4
-            barriers = 8 * (1 + 2 * self.stages + 2 * DS_BUFFERS + 2 * self.parts)
+            barriers = 8 * (1 + 2 * self.stages + 2 * self.ds_buffers + 2 * self.parts)
             if self.in_place:
                 barriers += self.block_n * spec.groups * 4
         statistics = self.stages * (32 if self.fold else 8) * BLOCK_M
         return 2 * (keys + queries + ds) + between + statistics + barriers + ALIGNMENT
+
+    def _shared_bytes_by_head(self, spec: KernelSpec, d: int, dv: int) -> int:
+        stage = max(BLOCK_M * (d + dv), self.block_n * d, self.block_n * dv)  # of queries, of k, or of v
+        keys = self.block_n * (d + (0 if self.resident == "kv" else dv))
+        ds = self.ds_buffers * self.block_n * BLOCK_M
+        sums = self.sum_tiles * BLOCK_M * pad16(spec.head_dim) * 4
+        statistics = self.stages * BLOCK_M * ((32 if self.fold else 8) + 8 * spec.groups)
+        barriers = 8 * 2 * (self.stages + self.ds_buffers) + self.block_n * spec.groups * 4
+        return 2 * (keys + self.stages * stage + ds) + sums + statistics + barriers + ALIGNMENT
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
@@ -94,6 +113,11 @@ def backward_tiles(spec: KernelSpec) -> BackwardTiles:
 
 def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
     fold = spec.dtype == "bfloat16"  # float16 has no room for parts of delta
+    if spec.short:
+        tiles = BackwardTiles(3, 4, (144, 80), query_warpgroup=True, early=True, sum_tiles=spec.short // BLOCK_M)
+        if max(spec.head_dim, spec.value_dim) > 32:
+            tiles = replace(tiles, parts=2, registers=(200, 104), resident="kv", fold=fold)
+        return [tiles, replace(tiles, stages=3, ds_buffers=1)]
     if spec.head_dim <= 32 and spec.value_dim <= 32:
         return [BackwardTiles(3, 4, (144, 80), query_warpgroup=True, early=True)]
     if spec.head_dim <= 64:
@@ -123,6 +147,40 @@ def serves(spec: KernelSpec) -> bool:
         and widest <= (64 if spec.head_dim <= 64 else 256)
         and spec.head_dim // spec.groups % 8 == 0
     )
+
+
+HEAD_ROWS = {32: (512, 1024), 64: (512,)}
+"""By the widest head dim: size classes of calls whose blocks take a head each, in rows of queries whose sums of dQ fit
+in shared memory. They are ``spec.short`` of such a call; those of the family ``short`` are smaller."""
+MULTIPROCESSORS = 132
+"""Of an H200: so many heads are under way at a time."""
+
+
+def head_class(spec: KernelSpec, rows: int) -> int:
+    """``spec.short`` of a call whose key heads have so many rows of queries; 0 where no block can take a head."""
+    widest = max(spec.head_dim, spec.value_dim)
+    if spec.direction != "backward" or spec.arch != "sm90" or spec.bias is not None or spec.pair_mask or widest > 64:
+        return 0
+    if not serves(spec) or (spec.dtype == "float16" and spec.causal and widest > 48):  # ptxas has no registers for it
+        return 0
+    for size in HEAD_ROWS[32 if widest <= 32 else 64]:
+        sized = replace(spec, short=size)
+        if rows <= size:
+            fits = any(tiles.shared_bytes(sized) <= ARCHS[spec.arch].shared_memory for tiles in _candidates(sized))
+            return size if fits else 0
+    return 0
+
+
+def by_head(spec: KernelSpec, q_len: int, group: int, heads: int) -> int:
+    """``spec.short`` of a call that is faster with a head a block; 0 elsewhere.
+
+    ``heads``: of k and v, in all the batch, ``group`` query heads each. They are taken in rounds, the last of which
+    must not leave many multiprocessors idle. Above 512 rows only causal calls gain.
+    """
+    size = head_class(spec, group * (-(-q_len // BLOCK_M) * BLOCK_M))
+    rounds = -(-heads // MULTIPROCESSORS)
+    full = heads >= 0.8 * rounds * MULTIPROCESSORS
+    return size if full and (size <= 512 or spec.causal) else 0
 
 
 def wgmma_columns(spec: KernelSpec) -> list[int]:

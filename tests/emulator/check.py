@@ -14,6 +14,7 @@ from torch import Tensor
 from cosattn.reference import cosine_attention_reference, repeated
 from cosattn.spec import DType, KernelSpec, Softmax
 from cosattn.tiles_short import size_class
+from cosattn.tiles_sm90_backward import BLOCK_M, head_class
 from emulator import harness
 
 TORCH = {name: dtype for dtype, name in harness.DTYPES.items()}
@@ -56,6 +57,8 @@ class Problem:
     arch: str = "sm80"
     short: bool = False
     """The kernels for short sequences, where they are able to serve it."""
+    by_head: bool = False
+    """Backward: a head a block, whose queries' sums stay in shared memory."""
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -140,6 +143,9 @@ def specs(problem: Problem) -> Iterator[KernelSpec]:
         deterministic=problem.deterministic,
         bias_grad=problem.bias is not None and problem.bias_grad,
     )
+    if problem.by_head:
+        rows = t.q.shape[1] // t.k.shape[1] * -(-t.q.shape[2] // BLOCK_M) * BLOCK_M
+        backward = replace(backward, short=head_class(backward, rows))
     for spec in (forward, backward):
         yield replace(spec, short=size_class(spec, t.q.shape[2], t.k.shape[2])) if problem.short else spec
 
