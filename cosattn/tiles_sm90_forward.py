@@ -40,7 +40,7 @@ class ForwardTiles:
     output_parts: int = 1
     """Finished rows leave through shared memory of their own, in so many parts; 0: they take their queries' place."""
     polynomial: int = 0
-    """Of eight exponentials, how many are polynomials."""
+    """Of eight exponentials, how many are polynomials; none where a mask makes logits -inf."""
     key_factors: bool = False
     """1 / |k| multiplies the logits, by one more warpgroup beside them; else a pre-pass writes k_hat."""
 
@@ -97,7 +97,7 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
             return [ForwardTiles(2, 64, 3, 2)]
         return [ForwardTiles(2, 64 if widest <= 192 else 32, 2, 1, output_parts=0)]
     if widest <= 32:
-        return [ForwardTiles(3, 128, 4, 2, polynomial=1)]
+        return [ForwardTiles(3, 128, 4, 2, polynomial=0 if spec.mask else 1)]
     if widest <= 64:
         return [ForwardTiles(4, 64, 8, 2)]
     if widest <= 96:
