@@ -194,16 +194,17 @@ def test_on_a_gpu(d: int, q_len: int, k_len: int, options: dict[str, Any], dtype
     spec = replace(PLAIN, dtype=name, head_dim=d, value_dim=d)  # type: ignore[arg-type]
     spec = replace(spec, causal=options.get("causal", False), groups=options.get("groups", 1))
     assert by_head(spec, q_len, group, heads)
-    scale = torch.full((q.shape[1],), 8.0, device="cuda")
+    size = 8.0 / spec.groups
+    scale = torch.full((group,), size, device="cuda")
     tensors = [x.requires_grad_() for x in (q, k, v, scale)]
-    out = cosine_attention(q, k, v, scale=scale, scale_max=8.0, **options)
+    out = cosine_attention(q, k, v, scale=scale, scale_max=size, **options)
     found = torch.autograd.grad(out, tensors, dout, retain_graph=True)
     for _ in range(5):
         again = torch.autograd.grad(out, tensors, dout, retain_graph=True)
         assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     options = {name: value for name, value in options.items() if name != "deterministic"}
     few = [x[:3].detach().double().requires_grad_() for x in (q, k, v)]
-    reference = cosine_attention_reference(*few, scale=8.0, **options)
+    reference = cosine_attention_reference(*few, scale=size, **options)
     expected = torch.autograd.grad(reference, few, dout[:3].double())
     for x, y in zip(found[:3], expected, strict=True):
         assert relative_error(x[:3], y) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
