@@ -11,7 +11,7 @@ import torch
 from accuracy import relative_error
 from emulator import harness
 from emulator.check import Problem, check, exact, specs, tensors_of
-from sass import compile_spec
+from sass import Cubin, compile_spec
 from test_kernels_compile import needs_nvcc
 from test_tiles import errors_of_claims
 
@@ -207,8 +207,11 @@ def featured_specs() -> list[KernelSpec]:
 @needs_nvcc
 @pytest.mark.parametrize("spec", featured_specs(), ids=lambda spec: spec.name)
 def test_products_are_not_serialised(spec: KernelSpec, tmp_path: Path) -> None:
+    assert_not_serialised(compile_spec(spec, tmp_path))
+
+
+def assert_not_serialised(cubin: Cubin) -> None:
     """No spill, no stack, nothing that ptxas says about wgmma."""
-    cubin = compile_spec(spec, tmp_path)
     assert cubin.warnings == []
     kernel = cubin.kernels["backward_keys"]
     assert kernel.stack == kernel.spilled == 0
