@@ -105,10 +105,14 @@ class BackwardTiles:
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
     """The first candidate, fastest first, that fits the architecture's shared memory."""
-    for tiles in _candidates(spec):
-        if tiles.shared_bytes(spec) <= ARCHS[spec.arch].shared_memory:
-            return tiles
+    if tiles := _fitting(spec):
+        return tiles
     raise AssertionError(f"no backward tile fits {spec.name}")
+
+
+def _fitting(spec: KernelSpec) -> BackwardTiles | None:
+    limit = ARCHS[spec.arch].shared_memory
+    return next((tiles for tiles in _candidates(spec) if tiles.shared_bytes(spec) <= limit), None)
 
 
 def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
@@ -163,12 +167,8 @@ def head_class(spec: KernelSpec, rows: int) -> int:
         return 0
     if not serves(spec) or (spec.dtype == "float16" and spec.causal and widest > 48):  # ptxas has no registers for it
         return 0
-    for size in HEAD_ROWS[32 if widest <= 32 else 64]:
-        sized = replace(spec, short=size)
-        if rows <= size:
-            fits = any(tiles.shared_bytes(sized) <= ARCHS[spec.arch].shared_memory for tiles in _candidates(sized))
-            return size if fits else 0
-    return 0
+    size = next((size for size in HEAD_ROWS[32 if widest <= 32 else 64] if rows <= size), 0)
+    return size if size and _fitting(replace(spec, short=size)) else 0
 
 
 def by_head(spec: KernelSpec, q_len: int, group: int, heads: int) -> int:

@@ -12,12 +12,11 @@ import torch
 from accuracy import relative_error
 from emulator.check import Problem, check, specs
 from sass import compile_spec
-from test_backward_sm90 import assert_not_finite_stays, assert_not_serialised
+from test_backward_sm90 import assert_not_finite_stays, assert_not_serialised, assert_tiles_fit
 from test_kernels_compile import needs_nvcc
 from test_tiles import errors_of_claims
 
 from cosattn import cosine_attention
-from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
 from cosattn.reference import cosine_attention_reference
 from cosattn.render import render
@@ -90,13 +89,8 @@ def test_which_calls_get_it() -> None:
         assert chosen.deterministic == (size == 0)
     assert by_head(PLAIN, 128, 4, 1024) == 512  # all query heads of a key head are one block's
     assert by_head(PLAIN, 128, 5, 1024) == 0
-    for heads, chosen_size in (
-        (64, 0),
-        (110, 512),
-        (132, 512),
-        (140, 0),
-        (230, 512),
-    ):  # the last round is full, or nearly
+    # The last round is full, or nearly.
+    for heads, chosen_size in ((64, 0), (110, 512), (132, 512), (140, 0), (230, 512)):
         assert by_head(PLAIN, 512, 1, heads) == chosen_size
     for other in (
         replace(PLAIN, direction="forward"),
@@ -121,9 +115,7 @@ def test_every_size_class_fits() -> None:
             tiles = backward_tiles(replace(spec, short=size))
             assert tiles.by_head
             assert tiles.sum_tiles * 64 == size
-            assert tiles.shared_bytes(replace(spec, short=size)) <= ARCHS["sm90"].shared_memory
-            shares = (tiles.registers[0],) * tiles.parts + tiles.registers[1:]
-            assert sum(shares) <= 65536 // (128 * len(shares)) // 8 * 8 * len(shares)
+            assert_tiles_fit(replace(spec, short=size))
 
 
 CLASSES = [(64, 512), (40, 512), (32, 512), (32, 1024), (16, 1024)]

@@ -160,15 +160,18 @@ def test_tiles_fit() -> None:
         for dtype, deterministic in itertools.product(("float16", "bfloat16"), (False, True)):
             spec = replace(PLAIN, dtype=dtype, head_dim=d, value_dim=dv, deterministic=deterministic)
             if serves(spec):
-                tiles = backward_tiles(spec)
-                assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory
-                shares = (
-                    tiles.registers if tiles.by_gradient else (tiles.registers[0],) * tiles.parts + tiles.registers[1:]
-                )
-                at_launch = 65536 // (128 * len(shares)) // 8 * 8
-                assert sum(shares) <= at_launch * len(shares)
+                assert_tiles_fit(spec)
                 assert all(columns % 8 == 0 and columns <= 256 for columns in wgmma_columns(spec))
                 assert BLOCK_M in wgmma_columns(spec)
+
+
+def assert_tiles_fit(spec: KernelSpec) -> None:
+    """Shared memory, and the registers that the launch gives."""
+    tiles = backward_tiles(spec)
+    assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory
+    shares = tiles.registers if tiles.by_gradient else (tiles.registers[0],) * tiles.parts + tiles.registers[1:]
+    at_launch = 65536 // (128 * len(shares)) // 8 * 8
+    assert sum(shares) <= at_launch * len(shares)
 
 
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])

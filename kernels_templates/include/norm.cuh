@@ -80,16 +80,22 @@ __device__ __forceinline__ float normalize_backward(float (&g)[8], const float (
 
 __device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// x <- factor * x_hat (NORMALIZE), or factor * x, for eight columns of a row. FINITE: what is not becomes zero.
+// x <- factor * x_hat (NORMALIZE), or factor * x, for eight columns of a row. FINITE: what is not becomes zero. `inverse`
+// gets 1 / |x| for each column, or 1.
 template <int D, int GROUPS, bool NORMALIZE, bool FINITE>
-__device__ __forceinline__ void normalize8(float (&x)[8], float factor, int lane_in_row) {
-    float inverse[8];
+__device__ __forceinline__ void normalize8(float (&x)[8], float (&inverse)[8], float factor, int lane_in_row) {
     if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane_in_row);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        x[i] *= NORMALIZE ? inverse[i] * factor : factor;
+        if (!NORMALIZE) inverse[i] = 1.f;
+        x[i] *= inverse[i] * factor;
         if (FINITE && !is_finite(x[i])) x[i] = 0.f;
     }
+}
+template <int D, int GROUPS, bool NORMALIZE, bool FINITE>
+__device__ __forceinline__ void normalize8(float (&x)[8], float factor, int lane_in_row) {
+    float inverse[8];
+    normalize8<D, GROUPS, NORMALIZE, FINITE>(x, inverse, factor, lane_in_row);
 }
 
 // Rows of a tile in shared memory, in place; rows that keep(row) does not want become zeros.
