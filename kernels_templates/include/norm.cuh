@@ -80,8 +80,8 @@ __device__ __forceinline__ float normalize_backward(float (&g)[8], const float (
 
 __device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// x <- factor * x_hat (NORMALIZE), or factor * x, for eight columns of a row. FINITE: what is not becomes zero. `inverse`
-// gets 1 / |x| for each column, or 1.
+// x <- factor * x_hat (NORMALIZE), or factor * x, for eight columns of a row. FINITE: what is not becomes zero.
+// `inverse` gets 1 / |x| for each column, or 1.
 template <int D, int GROUPS, bool NORMALIZE, bool FINITE>
 __device__ __forceinline__ void normalize8(float (&x)[8], float (&inverse)[8], float factor, int lane_in_row) {
     if constexpr (NORMALIZE) inverse_norms<D, GROUPS>(inverse, x, lane_in_row);
