@@ -27,8 +27,8 @@ def padded(columns: int, narrow: bool = False) -> int:
 class BackwardTiles:
     """How the backward kernel is cut. A block owns parts of 64 keys and walks over tiles of queries.
 
-    Either each part has a warpgroup, and one more brings the tiles; or (``by_gradient``, one part) dV, dK and dQ have
-    a warpgroup each. ``by_head``: a block takes all keys of a head, parts after parts.
+    Either each part has a warpgroup, others bring the tiles, and the block takes parts after parts of keys, of one head
+    where ``by_head``; or (``by_gradient``, one part) dV, dK and dQ have a warpgroup each.
     """
 
     parts: int
@@ -36,12 +36,13 @@ class BackwardTiles:
     stages: int
     """Tiles of queries in shared memory."""
     registers: tuple[int, ...]
-    """Of a thread that owns keys, and of the others; by gradient: for dV, dK and dQ."""
+    """Of a thread that owns keys, one that has dQ, and one that brings, where these are not one warpgroup; by gradient:
+    for dV, dK and dQ."""
     by_gradient: bool = False
     resident: Literal["", "k", "kv"] = ""
     """By keys: which of k_hat and v are operands in registers."""
     query_warpgroup: bool = False
-    """By keys: dQ is the work of the warpgroup that brings the tiles; else of the two that own keys."""
+    """By keys: dQ is the work of one more warpgroup; else of the two that own keys."""
     slice: int = 64
     """By keys: columns of dQ of the first of these two, the second has the rest."""
     fold: bool = False
@@ -64,11 +65,6 @@ class BackwardTiles:
         return self.sum_tiles > 0
 
     @property
-    def in_place(self) -> bool:
-        """By keys: k does not stay beside k_hat, its inverse norms are kept."""
-        return self.by_head or not (self.by_gradient or self.query_warpgroup)
-
-    @property
     def delta_begins(self) -> bool:
         """By keys: the sums of dP^T begin with -delta; else it is added to them."""
         return self.query_warpgroup or self.fold
@@ -76,31 +72,30 @@ class BackwardTiles:
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = (padded(columns, narrow=not self.by_gradient) for columns in (spec.head_dim, spec.value_dim))
-        if self.by_head:
-            return self._shared_bytes_by_head(spec, d, dv)
-        k_columns = d if self.slice == 64 else 2 * self.slice
-        keys = self.block_n * ((1 if self.by_gradient or self.in_place else 2) * k_columns + dv)
-        queries = self.stages * BLOCK_M * (d + dv)
         ds = self.ds_buffers * self.block_n * BLOCK_M
-        if self.by_gradient:
-            between = 2 * P_BUFFERS * self.block_n * BLOCK_M
-            barriers = 8 * (1 + 2 * self.stages + 2 * P_BUFFERS + 2 * self.ds_buffers)
-        else:
-            between = 0 if self.query_warpgroup else self.parts * 64 * self.slice * 4
-            barriers = 8 * (1 + 2 * self.stages + 2 * self.ds_buffers + 2 * self.parts)
-            if self.in_place:
-                barriers += self.block_n * spec.groups * 4
         statistics = self.stages * (32 if self.fold else 8) * BLOCK_M
-        return 2 * (keys + queries + ds) + between + statistics + barriers + ALIGNMENT
-
-    def _shared_bytes_by_head(self, spec: KernelSpec, d: int, dv: int) -> int:
-        stage = max(BLOCK_M * (d + dv), self.block_n * d, self.block_n * dv)  # of queries, of k, or of v
-        keys = self.block_n * (d + (0 if self.resident == "kv" else dv))
-        ds = self.ds_buffers * self.block_n * BLOCK_M
-        sums = self.sum_tiles * BLOCK_M * pad16(spec.head_dim) * 4
-        statistics = self.stages * BLOCK_M * ((32 if self.fold else 8) + 8 * spec.groups)
-        barriers = 8 * 2 * (self.stages + self.ds_buffers) + self.block_n * spec.groups * 4
-        return 2 * (keys + self.stages * stage + ds) + sums + statistics + barriers + ALIGNMENT
+        barriers = 8 * 2 * (self.stages + self.ds_buffers)
+        if self.by_gradient:
+            queries = self.stages * BLOCK_M * (d + dv)
+            between = 2 * P_BUFFERS * self.block_n * BLOCK_M
+            barriers += 8 * (1 + 2 * P_BUFFERS)
+            return 2 * (self.block_n * (d + dv) + queries + ds) + between + statistics + barriers + ALIGNMENT
+        k_columns = d if self.slice == 64 else 2 * self.slice
+        keys = self.block_n * (k_columns + (0 if self.resident == "kv" else dv))
+        stage = max(BLOCK_M * (d + dv), self.block_n * k_columns, self.block_n * dv)  # of queries, of k, or of v
+        inverses = self.block_n * spec.groups * 4
+        if self.by_head:
+            sums = self.sum_tiles * BLOCK_M * pad16(spec.head_dim) * 4
+            statistics += self.stages * BLOCK_M * 8 * spec.groups
+        elif self.query_warpgroup:
+            sums = 2 * self.block_n * (d + dv)  # dk and dv on their way out
+        else:
+            sums = self.parts * 64 * self.slice * 4
+        if not self.by_head:
+            barriers += 24 + (0 if self.query_warpgroup else 16 * self.parts)
+            barriers = -(-barriers // 16) * 16 + 16 * (self.stages + 1)  # and what is told of blocks of keys
+        alignment = ALIGNMENT if self.by_head else 0
+        return 2 * (keys + self.stages * stage + ds) + sums + statistics + barriers + inverses + alignment
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
@@ -123,9 +118,9 @@ def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
             tiles = replace(tiles, parts=2, registers=(200, 104), resident="kv", fold=fold)
         return [tiles, replace(tiles, stages=3, ds_buffers=1)]
     if spec.head_dim <= 32 and spec.value_dim <= 32:
-        return [BackwardTiles(3, 4, (144, 80), query_warpgroup=True, early=True)]
+        return [BackwardTiles(3, 6, (136, 48, 24), query_warpgroup=True, early=True)]
     if spec.head_dim <= 64:
-        return [BackwardTiles(2, 4, (216, 72), resident="kv", query_warpgroup=True, fold=fold, early=True)]
+        return [BackwardTiles(2, 6, (208, 72, 24), resident="kv", query_warpgroup=True, fold=fold, early=True)]
     registers: tuple[int, ...]
     if max(spec.head_dim, spec.value_dim) > 128:
         registers = (216, 208, 80) if spec.bias is not None and not spec.mask else (208, 216, 80)
@@ -133,7 +128,9 @@ def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
     registers = (240, 24) if spec.head_dim + spec.value_dim > 224 else (232, 40)
     columns = 48 if spec.head_dim <= 96 else 64
     if columns == 48 and spec.value_dim <= 96 and spec.bias is None and fold:
-        return [BackwardTiles(2, 3, registers, resident="k", slice=columns, fold=True, early=True)]
+        return [
+            BackwardTiles(2, stages, registers, resident="k", slice=columns, fold=True, early=True) for stages in (4, 3)
+        ]
     return [BackwardTiles(2, stages, registers, slice=columns) for stages in (3, 2)]
 
 

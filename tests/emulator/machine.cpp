@@ -507,6 +507,10 @@ extern "C" void emulator_statistics(uint64_t* out) { memcpy(out, &m.statistics, 
 // ---- block and warp -----------------------------------------------------------------------------------------------
 
 unsigned char* shared_memory() { return m.shared; }
+unsigned char* aligned_shared_memory(int bytes) {
+    m.window = m.window / bytes * bytes;  // all threads of a block, before they use an address
+    return m.shared;
+}
 int lane() { return m.self % 32; }
 
 namespace {

@@ -30,6 +30,7 @@ const char* fault_message();
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 unsigned char* shared_memory();
+unsigned char* aligned_shared_memory(int bytes);
 int block_threads();
 // Waits until that many threads (whole warps) have come to barrier id; 0 is __syncthreads.
 void block_barrier(const char* name, int id, int threads, Site site);

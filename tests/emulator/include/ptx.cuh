@@ -5,6 +5,7 @@
 #include "machine_sm90.h"
 
 #define SHARED_MEMORY(name) unsigned char* name = ::emulator::shared_memory()
+#define SHARED_MEMORY_ALIGNED(name, bytes) unsigned char* name = ::emulator::aligned_shared_memory(bytes)
 
 // ---- element types ------------------------------------------------------------------------------------------------
 
