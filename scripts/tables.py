@@ -220,30 +220,46 @@ def hopper_block(results: Results) -> str:
     return "\n\n".join(["## Against the kernels of a Hopper GPU", *parts] if parts else [])
 
 
+def by_length(direction: str, result: Result) -> tuple[str, str]:
+    """A table of one direction, a line for each head dim and mask: TFLOP/s and, in brackets, the ratio to the best
+    rival; and a sentence with the geometric means."""
+    rows = [row for row in result["rows"] if row["case"]["direction"] == direction]
+    sizes = hopper_sizes({**result, "rows": rows})
+    lengths = list(dict.fromkeys(length for _, length in sizes))
+
+    def cell(row: Result | None) -> str:
+        rate, _, ratio, _ = hopper_cells(row)
+        return rate if ratio == "-" else f"{rate} ({ratio})"
+
+    lines = [
+        [f"d {d}{', causal' * causal}", *(cell(sizes.get((d, length), {}).get(causal)) for length in lengths)]
+        for d in dict.fromkeys(d for d, _ in sizes)
+        for causal in (False, True)
+        if any(causal in rows for (size, _), rows in sizes.items() if size == d)
+    ]
+    means = ", ".join(f"{line[0].removeprefix(f'{direction}, ')} {line[2]}" for line in summary_rows(rows))
+    note = f"In brackets: times the best of {', '.join(result['rivals'])}; geometric means: {means}."
+    return table([f"{direction}, TFLOP/s", *(f"S {length}" for length in lengths)], lines), note
+
+
 def hopper_short_block(results: Results) -> str:
-    """One line for each head dim and mask: TFLOP/s and, in brackets, the ratio to the best rival."""
+    """Each grid in short."""
     parts = []
     for direction, _, result in hopper_results(results):
-        sizes = hopper_sizes(result)
-        lengths = list(dict.fromkeys(length for _, length in sizes))
-
-        def cell(row: Result | None) -> str:
-            rate, _, ratio, _ = hopper_cells(row)
-            return rate if ratio == "-" else f"{rate} ({ratio})"
-
-        lines = [
-            [f"d {d}{', causal' * causal}", *(cell(sizes.get((d, length), {}).get(causal)) for length in lengths)]
-            for d in dict.fromkeys(d for d, _ in sizes)
-            for causal in (False, True)
-            if any(causal in rows for (size, _), rows in sizes.items() if size == d)
-        ]
-        means = ", ".join(
-            f"{line[0].removeprefix(f'{direction}, ')} {line[2]}" for line in summary_rows(result["rows"])
-        )
-        note = f"In brackets: times the best of {', '.join(result['rivals'])}; geometric means: {means}. "
-        header = [f"{direction}, TFLOP/s", *(f"S {length}" for length in lengths)]
-        parts += [table(header, lines), note + hopper_note(result)]
+        lines, note = by_length(direction, result)
+        parts += [lines, f"{note} {hopper_note(result)}"]
     return "\n\n".join(["### Against the kernels of a Hopper GPU", *parts] if parts else [])
+
+
+def today_block(results: Results) -> str:
+    """Rivals that get what cosattn gets, and normalise it by torch.compile."""
+    result = results.get("today")
+    if result is None:
+        return missing("today")
+    directions = dict.fromkeys(row["case"]["direction"] for row in result["rows"])
+    parts = [part for direction in directions for part in by_length(direction, result)]
+    absent = f"Not measured: {', '.join(result['missing'])}. " if result["missing"] else ""
+    return "\n\n".join([*parts, absent + machine(result)])
 
 
 def windows_block(results: Results) -> str:
@@ -465,6 +481,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "speed": speed_block,
     "hopper": hopper_block,
     "hopper-short": hopper_short_block,
+    "today": today_block,
     "windows": windows_block,
     "short-sequences": short_sequences_block,
     "short-sequences-most-heads": few_short_sequences_block,

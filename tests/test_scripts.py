@@ -416,6 +416,13 @@ def test_the_tables_of_a_grid(tmp_path: Path) -> None:
     assert "Not measured: fa4." in text
     assert "geometric means: d ≤ 64 1.000×, d 128 1.000×, all 1.000×" in text
 
+    page.write_text("<!-- begin today -->\n\n<!-- end today -->\n")
+    both = [{**row, "case": {**row["case"], "direction": "both"}} for row in GRID[:1]]
+    (results / "today.json").write_text(json.dumps(result | {"rows": [*GRID, *both]}))
+    run("scripts/tables.py", "--results", results, page)
+    text = re.sub(" +", " ", page.read_text())
+    assert "| forward, TFLOP/s | S 512 |" in text and "| d 64, causal | 300 (0.80×) |" in text
+    assert "| both, TFLOP/s | S 512 |\n| --- | --: |\n| d 64 | 400 (1.25×) |" in re.sub("-+", "---", text).replace("---:", "--:")
 
 REPORT = """==PROF== Connected to process 1
 "ID","Kernel Name","gpu__time_duration.sum","sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",\
