@@ -421,8 +421,10 @@ def test_the_tables_of_a_grid(tmp_path: Path) -> None:
     (results / "today.json").write_text(json.dumps(result | {"rows": [*GRID, *both]}))
     run("scripts/tables.py", "--results", results, page)
     text = re.sub(" +", " ", page.read_text())
-    assert "| forward, TFLOP/s | S 512 |" in text and "| d 64, causal | 300 (0.80×) |" in text
-    assert "| both, TFLOP/s | S 512 |\n| --- | --: |\n| d 64 | 400 (1.25×) |" in re.sub("-+", "---", text).replace("---:", "--:")
+    for line in ("| forward, TFLOP/s | S 512 |", "| d 64, causal | 300 (0.80×) |"):
+        assert line in text
+    assert "| d 64 | 400 (1.25×) |" in text[text.index("| both, TFLOP/s | S 512 |") :]
+
 
 REPORT = """==PROF== Connected to process 1
 "ID","Kernel Name","gpu__time_duration.sum","sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",\
