@@ -84,18 +84,18 @@ class BackwardTiles:
         keys = self.block_n * (k_columns + (0 if self.resident == "kv" else dv))
         stage = max(BLOCK_M * (d + dv), self.block_n * k_columns, self.block_n * dv)  # of queries, of k, or of v
         inverses = self.block_n * spec.groups * 4
+        total = 2 * (keys + self.stages * stage + ds) + statistics + inverses
         if self.by_head:
-            sums = self.sum_tiles * BLOCK_M * pad16(spec.head_dim) * 4
-            statistics += self.stages * BLOCK_M * 8 * spec.groups
-        elif self.query_warpgroup:
-            sums = 2 * self.block_n * (d + dv)  # dk and dv on their way out
+            through = self.stages * BLOCK_M * 8 * spec.groups
+            return total + self.sum_tiles * BLOCK_M * pad16(spec.head_dim) * 4 + through + barriers + ALIGNMENT
+        barriers += 24
+        if self.query_warpgroup:
+            out = 2 * self.block_n * (d + dv)  # dk and dv
         else:
-            sums = self.parts * 64 * self.slice * 4
-        if not self.by_head:
-            barriers += 24 + (0 if self.query_warpgroup else 16 * self.parts)
-            barriers = -(-barriers // 16) * 16 + 16 * (self.stages + 1)  # and what is told of blocks of keys
-        alignment = ALIGNMENT if self.by_head else 0
-        return 2 * (keys + self.stages * stage + ds) + sums + statistics + barriers + inverses + alignment
+            out = self.parts * 64 * self.slice * 4  # dQ
+            barriers += 16 * self.parts
+        told = 16 * (self.stages + 1)  # of blocks of keys, at a multiple of 16
+        return total + out + -(-barriers // 16) * 16 + told
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:

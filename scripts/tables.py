@@ -173,11 +173,17 @@ def hopper_results(results: Results) -> list[tuple[str, str, Result]]:
     ]
 
 
+def absent_and_machine(result: Result) -> str:
+    """Rivals that could not be imported, and where and when the others were measured."""
+    absent = f"Not measured: {', '.join(result['missing'])}. " if result["missing"] else ""
+    return absent + machine(result)
+
+
 def hopper_note(result: Result) -> str:
     rivals = ", ".join(f"{name} is {version}" for name, version in result["rivals"].items())
-    missing = f" Not measured: {', '.join(result['missing'])}." if result["missing"] else ""
     return (
-        f"cosattn's figures include its L2 norm; the others get normalised inputs. {rivals}.{missing} {machine(result)}"
+        "cosattn's figures include its L2 norm; the others get normalised inputs. "
+        f"{rivals}. {absent_and_machine(result)}"
     )
 
 
@@ -258,8 +264,7 @@ def today_block(results: Results) -> str:
         return missing("today")
     directions = dict.fromkeys(row["case"]["direction"] for row in result["rows"])
     parts = [part for direction in directions for part in by_length(direction, result)]
-    absent = f"Not measured: {', '.join(result['missing'])}. " if result["missing"] else ""
-    return "\n\n".join([*parts, absent + machine(result)])
+    return "\n\n".join([*parts, absent_and_machine(result)])
 
 
 def windows_block(results: Results) -> str:

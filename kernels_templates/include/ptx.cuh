@@ -3,11 +3,11 @@
 #pragma once
 #include <stdint.h>
 
-// The dynamic shared memory of the block, 16-byte aligned; or as one wants it.
-#define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+// The dynamic shared memory of the block, at a multiple of so many bytes, or of 128.
 #define SHARED_MEMORY_ALIGNED(name, bytes) \
     extern __shared__ __align__(bytes)     \
     unsigned char name[]
+#define SHARED_MEMORY(name) SHARED_MEMORY_ALIGNED(name, 128)
 
 // ---- element types ------------------------------------------------------------------------------------------------
 
