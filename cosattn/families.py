@@ -20,7 +20,7 @@ def family_of(spec: KernelSpec) -> str:
     if spec.split:
         return "split"
     if spec.short:
-        return "sm90" if tiles_sm90_backward.head_class(spec, spec.short) == spec.short else "short"
+        return "sm90" if tiles_sm90_backward.short_class(spec, spec.short) == spec.short else "short"
     for family in ARCHS[spec.arch].families:
         if family == "sm80" or (not spec.few and not spec.pair_mask and spec.dtype != "float32" and _serves_sm90(spec)):
             return family
@@ -44,8 +44,14 @@ def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int =
         return replace(spec, short=size)
     if q_len <= few_rows(spec):
         return replace(spec, few=True)
-    if size := tiles_sm90_backward.by_head(spec, q_len, group, heads):
-        return replace(spec, short=size, deterministic=False)  # one block adds to a row: repeatable anyway
+    size = tiles_sm90_backward.by_head(spec, q_len, group, heads)
+    return repeatable_once(replace(spec, short=size or tiles_sm90_backward.apart(spec, q_len, k_len, heads * group)))
+
+
+def repeatable_once(spec: KernelSpec) -> KernelSpec:
+    """One spec where a kernel is repeatable whether it is asked to be or not."""
+    if spec.deterministic and family_of(spec) == "sm90" and tiles_sm90_backward.repeatable(spec):
+        return replace(spec, deterministic=False)
     return spec
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cosattn import tiles_short, tiles_sm90_backward, tiles_split
 from cosattn.arch import ARCHS
-from cosattn.families import few_rows
+from cosattn.families import few_rows, repeatable_once
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
 
 _SWITCH = {"no": [False], "yes": [True], "both": [False, True]}
@@ -143,13 +143,14 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
         )
         if split and tiles_split.serves(spec):
             spec = replace(spec, split=split)
-        elif short and tiles_short.size_class(spec, short, short) == short:
+        elif short and short in (
+            tiles_short.size_class(spec, short, short),
+            tiles_sm90_backward.short_class(spec, short),
+        ):
             spec = replace(spec, short=short)
-        elif short and tiles_sm90_backward.head_class(spec, short) == short:
-            spec = replace(spec, short=short, deterministic=False)
         elif few:
             spec = replace(spec, few=few_rows(spec) > 0)
-        chosen[spec] = None
+        chosen[repeatable_once(spec)] = None
     return list(chosen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +22,33 @@ def padded(columns: int, narrow: bool = False) -> int:
     """Columns of a tile in shared memory: slabs of 32 or 64. ``narrow``: of 32 also where two of 64 would hold less."""
     slab = 32 if columns <= 32 or (narrow and 64 < columns <= 96) else 64
     return (columns + slab - 1) // slab * slab
+
+
+KEYS = 64
+"""Of a step of the walk over keys, where dQ has a kernel of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTiles:
+    """How the kernel of dQ is cut, where it has one of its own. A block owns ``warpgroups`` times 64 queries."""
+
+    buffers: int
+    """Tiles of queries in shared memory."""
+    k_stages: int
+    v_stages: int
+    """Tiles of k_hat and of v."""
+    warpgroups: int = 2
+    registers: tuple[int, int] = (240, 24)
+    """Of a thread that owns queries, and of one that brings."""
+
+    def shared_bytes(self, spec: KernelSpec, narrow: bool) -> int:
+        """Shared memory of one thread block; the same sum as of_queries::SHARED_BYTES in the template."""
+        d, dv = (padded(columns, narrow) for columns in (spec.head_dim, spec.value_dim))
+        shares = self.buffers * self.warpgroups  # each of a warpgroup
+        keys = KEYS * (self.k_stages * d + self.v_stages * dv)
+        barriers = 8 * (4 * shares + 2 * (self.k_stages + self.v_stages))
+        row_values = BLOCK_M * 8 * (2 if spec.groups == 1 else 1)
+        return 2 * (shares * BLOCK_M * (d + dv) + keys) + -(-barriers // 16) * 16 + shares * (row_values + 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +79,8 @@ class BackwardTiles:
     """By keys: dV begins before dS is there, and S^T of the next tile before dQ is stored."""
     ds_buffers: int = 2
     """Tiles of dS in shared memory."""
+    queries: QueryTiles | None = None
+    """dQ has a kernel of its own, which computes S and dP again."""
     sum_tiles: int = 0
     """By head: the sums of dQ of so many tiles of queries stay in shared memory."""
 
@@ -65,21 +95,33 @@ class BackwardTiles:
         return self.sum_tiles > 0
 
     @property
+    def apart(self) -> bool:
+        """Whether dQ has a kernel of its own."""
+        return self.queries is not None
+
+    @property
+    def sliced(self) -> bool:
+        """By keys: dQ is the work of the two warpgroups that own keys, a slice of its columns each."""
+        return not (self.by_gradient or self.query_warpgroup or self.apart)
+
+    @property
     def delta_begins(self) -> bool:
         """By keys: the sums of dP^T begin with -delta; else it is added to them."""
-        return self.query_warpgroup or self.fold
+        return not self.sliced or self.fold
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
         d, dv = (padded(columns, narrow=not self.by_gradient) for columns in (spec.head_dim, spec.value_dim))
-        ds = self.ds_buffers * self.block_n * BLOCK_M
+        ds_buffers = 0 if self.apart else self.ds_buffers
+        ds = ds_buffers * self.block_n * BLOCK_M
         statistics = self.stages * (32 if self.fold else 8) * BLOCK_M
-        barriers = 8 * 2 * (self.stages + self.ds_buffers)
+        barriers = 8 * 2 * (self.stages + ds_buffers)
         if self.by_gradient:
             queries = self.stages * BLOCK_M * (d + dv)
             between = 2 * P_BUFFERS * self.block_n * BLOCK_M
-            barriers += 8 * (1 + 2 * P_BUFFERS)
-            return 2 * (self.block_n * (d + dv) + queries + ds) + between + statistics + barriers + ALIGNMENT
+            barriers += 8 * (7 + 2 * P_BUFFERS)
+            barriers = -(-barriers // 16) * 16 + 16  # and what is told of blocks of keys
+            return 2 * (self.block_n * (d + dv) + queries) + between + statistics + barriers
         k_columns = d if self.slice == 64 else 2 * self.slice
         keys = self.block_n * (k_columns + (0 if self.resident == "kv" else dv))
         stage = max(BLOCK_M * (d + dv), self.block_n * k_columns, self.block_n * dv)  # of queries, of k, or of v
@@ -89,13 +131,22 @@ class BackwardTiles:
             through = self.stages * BLOCK_M * 8 * spec.groups
             return total + self.sum_tiles * BLOCK_M * pad16(spec.head_dim) * 4 + through + barriers + ALIGNMENT
         barriers += 24
-        if self.query_warpgroup:
-            out = 2 * self.block_n * (d + dv)  # dk and dv
+        if not self.sliced:
+            out = 2 * self.block_n * (d + (0 if self.apart else dv))  # dk and dv
         else:
             out = self.parts * 64 * self.slice * 4  # dQ
             barriers += 16 * self.parts
         told = 16 * (self.stages + 1)  # of blocks of keys, at a multiple of 16
         return total + out + -(-barriers // 16) * 16 + told
+
+
+def _apart(tiles: BackwardTiles, spec: KernelSpec) -> list[BackwardTiles]:
+    """With a kernel of its own for dQ, whose tiles are the largest that fit."""
+    limit = ARCHS[spec.arch].shared_memory
+    sizes = ((2, 3, 3), (2, 3, 2), (2, 2, 2), (1, 3, 2), (1, 2, 1))
+    candidates = (QueryTiles(buffers, k_stages, v_stages) for buffers, k_stages, v_stages in sizes)
+    fitting = (queries for queries in candidates if queries.shared_bytes(spec, not tiles.by_gradient) <= limit)
+    return [replace(tiles, queries=queries) for queries in itertools.islice(fitting, 1)]
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
@@ -112,7 +163,7 @@ def _fitting(spec: KernelSpec) -> BackwardTiles | None:
 
 def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
     fold = spec.dtype == "bfloat16"  # float16 has no room for parts of delta
-    if spec.short:
+    if spec.short and max(spec.head_dim, spec.value_dim) <= 64:
         tiles = BackwardTiles(3, 4, (144, 80), query_warpgroup=True, early=True, sum_tiles=spec.short // BLOCK_M)
         if max(spec.head_dim, spec.value_dim) > 32:
             tiles = replace(tiles, parts=2, registers=(200, 104), resident="kv", fold=fold)
@@ -121,10 +172,12 @@ def _candidates(spec: KernelSpec) -> list[BackwardTiles]:
         return [BackwardTiles(3, 6, (136, 48, 24), query_warpgroup=True, early=True)]
     if spec.head_dim <= 64:
         return [BackwardTiles(2, 6, (208, 72, 24), resident="kv", query_warpgroup=True, fold=fold, early=True)]
-    registers: tuple[int, ...]
     if max(spec.head_dim, spec.value_dim) > 128:
-        registers = (216, 208, 80) if spec.bias is not None and not spec.mask else (208, 216, 80)
-        return [BackwardTiles(1, stages, registers, by_gradient=True) for stages in (3, 2)]
+        tiles = BackwardTiles(1, 3, (232, 232, 40), by_gradient=True)
+        return [cut for stages in (3, 2) for cut in _apart(replace(tiles, stages=stages), spec)]
+    if spec.short:
+        tiles = BackwardTiles(2, 4, (240, 24), early=True)
+        return [cut for stages in (4, 3, 2) for cut in _apart(replace(tiles, stages=stages), spec)]
     registers = (240, 24) if spec.head_dim + spec.value_dim > 224 else (232, 40)
     columns = 48 if spec.head_dim <= 96 else 64
     if columns == 48 and spec.value_dim <= 96 and spec.bias is None and fold:
@@ -180,10 +233,44 @@ def by_head(spec: KernelSpec, q_len: int, group: int, heads: int) -> int:
     return size if full and (size <= 512 or spec.causal) else 0
 
 
+APART_KEYS = 1024
+"""``spec.short`` of calls of few keys, head dims above 96, whose dQ has a kernel of its own: up to so many keys."""
+
+
+def apart_class(spec: KernelSpec, keys: int) -> int:
+    """``spec.short`` of a call with so many keys whose dQ can have a kernel of its own up to head dim 128; 0 else."""
+    widest = max(spec.head_dim, spec.value_dim)
+    able = spec.direction == "backward" and spec.arch == "sm90" and spec.bias is None and not spec.pair_mask
+    return APART_KEYS if able and serves(spec) and 96 < widest <= 128 and keys <= APART_KEYS else 0
+
+
+def apart(spec: KernelSpec, q_len: int, k_len: int, heads: int) -> int:
+    """``spec.short`` of a call that is faster with a kernel of its own for dQ; 0 elsewhere.
+
+    ``heads``: of q, in all the batch. Two products more for each pair of query and key save what is read and written
+    of dQ, so that it is faster where a query sees at most 512 keys on average.
+    """
+    seen = k_len - min(q_len, k_len) / 2 if spec.causal else k_len
+    blocks = heads * -(-q_len // 128)
+    return apart_class(spec, k_len) if seen <= 512 and blocks >= 4 * MULTIPROCESSORS else 0
+
+
+def short_class(spec: KernelSpec, rows: int) -> int:
+    """``spec.short`` of an sm90 kernel for so many rows; 0 where it is none."""
+    return head_class(spec, rows) or apart_class(spec, rows)
+
+
+def repeatable(spec: KernelSpec) -> bool:
+    """Whether the kernel's gradients of q, k and v are bitwise repeatable anyway: nobody adds to what others have."""
+    tiles = backward_tiles(spec)
+    return tiles.by_head or tiles.apart
+
+
 def wgmma_columns(spec: KernelSpec) -> list[int]:
     """Columns of the accumulators that the kernel multiplies into."""
     d, dv = pad16(spec.head_dim), pad16(spec.value_dim)
-    return sorted({BLOCK_M, d, dv, min(d, 64), backward_tiles(spec).slice})
+    tiles = backward_tiles(spec)
+    return sorted({BLOCK_M, d, dv} | ({tiles.slice} if tiles.sliced else set()))
 
 
 def cuts(spec: KernelSpec) -> dict[str, Any]:

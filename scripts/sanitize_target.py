@@ -92,6 +92,7 @@ TARGETS = (
     Target(heads=4, kv_heads=2, head_dim=96, value_dim=96, q_len=333, k_len=270, causal=True),
     Target(batch=5, heads=50, kv_heads=50, q_len=200, k_len=250, causal=True),  # backward: a head a block
     Target(batch=2, heads=120, kv_heads=60, head_dim=32, value_dim=32, q_len=250, k_len=300, mask=True),
+    Target(batch=4, heads=80, kv_heads=40, head_dim=128, value_dim=128, q_len=200, k_len=270, causal=True),  # dQ apart
 )
 
 

@@ -202,6 +202,7 @@ def featured_specs() -> list[KernelSpec]:
         replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d, **features)  # type: ignore[arg-type]
         for dtype, features, d in itertools.product(("float16", "bfloat16"), FEATURES, (32, 64, 96, 112, 128, 192, 256))
     ]
+    found = [spec for spec in found if spec.head_dim <= 128 or not spec.deterministic]  # one kernel for both above
     left_out = [spec for spec in found if not serves(spec)]
     assert all(spec.bias and spec.head_dim == 32 for spec in left_out), left_out
     return [spec for spec in found if serves(spec)]
@@ -216,6 +217,7 @@ def test_products_are_not_serialised(spec: KernelSpec, tmp_path: Path) -> None:
 def assert_not_serialised(cubin: Cubin) -> None:
     """No spill, no stack, nothing that ptxas says about wgmma."""
     assert cubin.warnings == []
-    kernel = cubin.kernels["backward_keys"]
-    assert kernel.stack == kernel.spilled == 0
-    assert kernel.count("HGMMA") > 0
+    for name in {"backward_keys", "backward_queries"} & set(cubin.kernels):
+        kernel = cubin.kernels[name]
+        assert kernel.stack == kernel.spilled == 0
+        assert kernel.count("HGMMA") > 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from cosattn.reference import cosine_attention_reference, repeated
 from cosattn.spec import DType, KernelSpec, Softmax
 from cosattn.tiles_short import size_class
-from cosattn.tiles_sm90_backward import BLOCK_M, head_class
+from cosattn.tiles_sm90_backward import BLOCK_M, apart_class, head_class
 from emulator import harness
 
 TORCH = {name: dtype for dtype, name in harness.DTYPES.items()}
@@ -59,6 +59,8 @@ class Problem:
     """The kernels for short sequences, where they are able to serve it."""
     by_head: bool = False
     """Backward: a head a block, whose queries' sums stay in shared memory."""
+    apart: bool = False
+    """Backward up to head dim 128: dQ by a kernel of its own."""
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -146,6 +148,8 @@ def specs(problem: Problem) -> Iterator[KernelSpec]:
     if problem.by_head:
         rows = t.q.shape[1] // t.k.shape[1] * -(-t.q.shape[2] // BLOCK_M) * BLOCK_M
         backward = replace(backward, short=head_class(backward, rows))
+    if problem.apart:
+        backward = replace(backward, short=apart_class(backward, t.k.shape[2]))
     for spec in (forward, backward):
         yield replace(spec, short=size_class(spec, t.q.shape[2], t.k.shape[2])) if problem.short else spec
 
