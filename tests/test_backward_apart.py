@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import relative_error
 from emulator.check import Problem, check, specs
 from sass import compile_spec
+from test_backward_by_head import assert_right_and_repeatable, spec_of
 from test_backward_sm90 import assert_not_finite_stays, assert_not_serialised, assert_tiles_fit
 from test_kernels_compile import needs_nvcc
 from test_tiles import errors_of_claims
 
-from cosattn import cosine_attention
 from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
-from cosattn.reference import cosine_attention_reference
 from cosattn.render import render
 from cosattn.spec import KernelSpec
 from cosattn.tiles_sm90_backward import APART_KEYS, apart, apart_class, backward_tiles, repeatable, serves
@@ -197,24 +195,5 @@ def test_no_sums_in_memory() -> None:
 def test_on_a_gpu(d: int, q_len: int, k_len: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Right, and equal bit by bit from run to run; blocks take more than one tile."""
     heads, group = 200, 2
-    torch.manual_seed(0)
-    q, dout = (torch.randn(heads, group, q_len, d, dtype=dtype, device="cuda") for _ in range(2))
-    k, v = (torch.randn(heads, 1, k_len, d, dtype=dtype, device="cuda") for _ in range(2))
-    name = "bfloat16" if dtype == torch.bfloat16 else "float16"
-    spec = replace(PLAIN, dtype=name, head_dim=d, value_dim=d)  # type: ignore[arg-type]
-    spec = replace(spec, causal=options.get("causal", False), groups=options.get("groups", 1))
-    assert repeatable(sized(spec, q_len, k_len, group, heads))
-    size = 8.0 / spec.groups
-    scale = torch.full((group,), size, device="cuda")
-    tensors = [x.requires_grad_() for x in (q, k, v, scale)]
-    out = cosine_attention(q, k, v, scale=scale, scale_max=size, **options)
-    found = torch.autograd.grad(out, tensors, dout, retain_graph=True)
-    for _ in range(5):
-        again = torch.autograd.grad(out, tensors, dout, retain_graph=True)
-        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
-    options = {name: value for name, value in options.items() if name != "deterministic"}
-    few = [x[:3].detach().double().requires_grad_() for x in (q, k, v)]
-    reference = cosine_attention_reference(*few, scale=size, **options)
-    expected = torch.autograd.grad(reference, few, dout[:3].double())
-    for x, y in zip(found[:3], expected, strict=True):
-        assert relative_error(x[:3], y) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert repeatable(sized(spec_of(d, dtype, options), q_len, k_len, group, heads))
+    assert_right_and_repeatable((heads, group, q_len, k_len), d, dtype, options)

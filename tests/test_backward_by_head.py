@@ -174,15 +174,26 @@ def test_no_sums_in_memory() -> None:
 def test_on_a_gpu(d: int, q_len: int, k_len: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Right, and equal bit by bit from run to run; blocks take more than one head."""
     heads, group = MULTIPROCESSORS + 100, 2 if q_len <= 256 else 1
-    torch.manual_seed(0)
-    q, dout = (torch.randn(heads, group, q_len, d, dtype=dtype, device="cuda") for _ in range(2))
-    k, v = (torch.randn(heads, 1, k_len, d, dtype=dtype, device="cuda") for _ in range(2))
+    assert by_head(spec_of(d, dtype, options), q_len, group, heads)
+    assert_right_and_repeatable((heads, group, q_len, k_len), d, dtype, options)
+
+
+def spec_of(d: int, dtype: torch.dtype, options: dict[str, Any]) -> KernelSpec:
     name = "bfloat16" if dtype == torch.bfloat16 else "float16"
     spec = replace(PLAIN, dtype=name, head_dim=d, value_dim=d)  # type: ignore[arg-type]
-    spec = replace(spec, causal=options.get("causal", False), groups=options.get("groups", 1))
-    assert by_head(spec, q_len, group, heads)
-    size = 8.0 / spec.groups
-    scale = torch.full((group,), size, device="cuda")
+    return replace(spec, causal=options.get("causal", False), groups=options.get("groups", 1))
+
+
+def assert_right_and_repeatable(
+    sizes: tuple[int, int, int, int], d: int, dtype: torch.dtype, options: dict[str, Any], device: str = "cuda"
+) -> None:
+    """The gradients of a batch of key heads, of a group of query heads each: equal bit by bit from run to run, too."""
+    heads, group, q_len, k_len = sizes
+    torch.manual_seed(0)
+    q, dout = (torch.randn(heads, group, q_len, d, dtype=dtype, device=device) for _ in range(2))
+    k, v = (torch.randn(heads, 1, k_len, d, dtype=dtype, device=device) for _ in range(2))
+    size = 8.0 / options.get("groups", 1)
+    scale = torch.full((group,), size, device=device)
     tensors = [x.requires_grad_() for x in (q, k, v, scale)]
     out = cosine_attention(q, k, v, scale=scale, scale_max=size, **options)
     found = torch.autograd.grad(out, tensors, dout, retain_graph=True)
