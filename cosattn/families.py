@@ -13,7 +13,7 @@ def family_of(spec: KernelSpec) -> str:
     """The fastest family of the architecture that serves ``spec``; ``sm80`` serves everything.
 
     ``short`` (one launch, all keys of a head in shared memory) serves what has a size class, but for the larger ones
-    going backward, which are those of sm90 kernels that keep the sums of dQ in shared memory.
+    going backward, which are those of sm90 kernels that keep the sums of dQ in shared memory or compute dQ apart.
     ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers. Masks
     over pairs, which are those of windows, are sm80's too. ``split`` serves few queries of many keys.
     """

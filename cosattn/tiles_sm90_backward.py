@@ -56,7 +56,7 @@ class BackwardTiles:
     """How the backward kernel is cut. A block owns parts of 64 keys and walks over tiles of queries.
 
     Either each part has a warpgroup, others bring the tiles, and the block takes parts after parts of keys, of one head
-    where ``by_head``; or (``by_gradient``, one part) dV, dK and dQ have a warpgroup each.
+    where ``by_head``; or (``by_gradient``, one part) dV and dK have a warpgroup each.
     """
 
     parts: int
@@ -65,7 +65,7 @@ class BackwardTiles:
     """Tiles of queries in shared memory."""
     registers: tuple[int, ...]
     """Of a thread that owns keys, one that has dQ, and one that brings, where these are not one warpgroup; by gradient:
-    for dV, dK and dQ."""
+    one of dV, one of dK, and one that brings."""
     by_gradient: bool = False
     resident: Literal["", "k", "kv"] = ""
     """By keys: which of k_hat and v are operands in registers."""
