@@ -152,10 +152,13 @@ FEATURES: list[dict[str, object]] = [
     {"causal": True, "groups": 4},
 ]
 TUNED = [
-    replace(PLAIN, dtype=dtype, head_dim=d, value_dim=d, short=APART_KEYS, **features)  # type: ignore[arg-type]
-    for dtype, d, features in itertools.product(("float16", "bfloat16"), (112, 128), FEATURES)
-    if d == 128 or not features.get("groups")
-] + [replace(WIDE, groups=4, causal=True), replace(WIDE, l2norm=False), replace(PLAIN, l2norm=False, short=APART_KEYS)]
+    *(replace(PLAIN, short=APART_KEYS, **features) for features in FEATURES),  # type: ignore[arg-type]
+    *(replace(PLAIN, dtype="float16", short=APART_KEYS, **features) for features in FEATURES[2:]),  # type: ignore[arg-type]
+    replace(PLAIN, l2norm=False, short=APART_KEYS),
+    replace(PLAIN, head_dim=112, value_dim=112, causal=True, short=APART_KEYS),
+    replace(WIDE, groups=4, causal=True),
+    replace(WIDE, l2norm=False),
+]
 
 
 @needs_nvcc
