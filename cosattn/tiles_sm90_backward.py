@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -144,9 +143,9 @@ def _apart(tiles: BackwardTiles, spec: KernelSpec) -> list[BackwardTiles]:
     """With a kernel of its own for dQ, whose tiles are the largest that fit."""
     limit = ARCHS[spec.arch].shared_memory
     sizes = ((2, 3, 3), (2, 3, 2), (2, 2, 2), (1, 3, 2), (1, 2, 1))
-    candidates = (QueryTiles(buffers, k_stages, v_stages) for buffers, k_stages, v_stages in sizes)
-    fitting = (queries for queries in candidates if queries.shared_bytes(spec, not tiles.by_gradient) <= limit)
-    return [replace(tiles, queries=queries) for queries in itertools.islice(fitting, 1)]
+    candidates = [QueryTiles(buffers, k_stages, v_stages) for buffers, k_stages, v_stages in sizes]
+    fitting = [queries for queries in candidates if queries.shared_bytes(spec, not tiles.by_gradient) <= limit]
+    return [replace(tiles, queries=queries) for queries in fitting[:1]]
 
 
 def backward_tiles(spec: KernelSpec) -> BackwardTiles:
