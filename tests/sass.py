@@ -31,6 +31,8 @@ class Kernel:
     """Bytes of spill stores and loads."""
     instructions: collections.Counter[str] = field(default_factory=collections.Counter)
     """Opcodes with their modifiers, for example ``HMMA.16816.F32.BF16``."""
+    overtaking: list[str] = field(default_factory=list)
+    """Arrivals at a barrier that are issued while matrices are still on their way from shared memory."""
 
     def count(self, opcode: str) -> int:
         """Instructions of an opcode, whatever the modifiers."""
@@ -92,11 +94,40 @@ def compile_source(source: Path, arch: Arch) -> Cubin:
     return cubin
 
 
+# An instruction, and in the upper half of its encoding, on the next line, what it waits for.
+_INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?([A-Z][\w.]*).*?)\s*/\* 0x[0-9a-f]+ \*/\s+/\* (0x[0-9a-f]+) \*/",
+    re.MULTILINE,
+)
+
+
 def _disassemble(disassembler: Path, target: Path, cubin: Cubin) -> None:
-    text = subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([disassembler, "-c", "-hex", target], capture_output=True, text=True, check=True).stdout
     for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", section, re.MULTILINE)
-        cubin.kernels[_name(section.split(",")[0])].instructions.update(opcodes)
+        found = _INSTRUCTION.findall(section)
+        kernel = cubin.kernels[_name(section.split(",")[0])]
+        kernel.instructions.update(opcode for _, opcode, _ in found)
+        kernel.overtaking = overtaking([(instruction, int(upper, 16)) for instruction, _, upper in found])
+
+
+def overtaking(instructions: list[tuple[str, int]]) -> list[str]:
+    """Arrivals before which the matrices loaded last need not have come, as instructions lie one after another.
+
+    An arrival does not wait for loads of its thread. Where it gives a tile back, the copy engine may overwrite what has
+    been asked for and not read. Loads come in order, so it is enough that somebody waited for the last one: bits 46 to
+    48 of an instruction's upper half are the counter that it holds until then, bits 52 to 57 those it waits for.
+    """
+    found, counter = [], None
+    for text, upper in instructions:
+        if counter is not None and upper >> 52 + counter & 1:
+            counter = None
+        if "LDSM" in text and (held := upper >> 46 & 7) < 6:
+            counter = held
+        elif "SYNCS.ARRIVE" in text and counter is not None:
+            found.append(text)
+        elif re.match(r"BRA\b|EXIT|RET", text):
+            counter = None
+    return found
 
 
 def _name(mangled: str) -> str:

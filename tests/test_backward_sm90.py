@@ -215,9 +215,10 @@ def test_products_are_not_serialised(spec: KernelSpec, tmp_path: Path) -> None:
 
 
 def assert_not_serialised(cubin: Cubin) -> None:
-    """No spill, no stack, nothing that ptxas says about wgmma."""
+    """No spill, no stack, nothing that ptxas says about wgmma; and no tile given back before it has been read."""
     assert cubin.warnings == []
     for name in {"backward_keys", "backward_queries"} & set(cubin.kernels):
         kernel = cubin.kernels[name]
         assert kernel.stack == kernel.spilled == 0
+        assert kernel.overtaking == []
         assert kernel.count("HGMMA") > 0

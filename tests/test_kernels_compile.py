@@ -142,3 +142,27 @@ def test_spills_are_found(tmp_path: Path) -> None:
     assert any("spilled" in warning for warning in cubin.warnings)
     if nvdisasm() is not None:
         assert kernel.count("LDL") > 0
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_arrivals_that_overtake_loads_are_found(used_before: bool, tmp_path: Path) -> None:
+    """So those who ask for none can fail."""
+    if nvdisasm() is None:
+        pytest.skip("no nvdisasm")
+    source = tmp_path / "kernel.cu"
+    use = "if (r[3] == 7) *p = 1;"
+    source.write_text(
+        f"""
+        __global__ void reader(unsigned* p) {{
+            extern __shared__ unsigned char tile[];
+            const unsigned at = unsigned(__cvta_generic_to_shared(tile));
+            unsigned r[4];
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at + threadIdx.x * 16) : "memory");
+            {use if used_before else ""}
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+            p[threadIdx.x] = r[0] + r[1] + r[2] + r[3];
+        }}
+        """
+    )
+    assert (compile_source(source, ARCHS["sm90"]).kernels["reader"].overtaking == []) == used_before
