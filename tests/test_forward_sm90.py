@@ -98,6 +98,7 @@ def test_machine_code(spec: KernelSpec, tmp_path: Path) -> None:
     for name, kernel in cubin.kernels.items():
         limit = 96 if crowded and name == "forward" else 0
         assert kernel.spilled <= limit, f"{name} moves {kernel.spilled} bytes through its stack"
+        assert kernel.overtaking == []
     if nvdisasm() is None:
         return
     instructions = cubin.kernels["forward"].instructions

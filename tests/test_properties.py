@@ -353,18 +353,20 @@ def test_both_softmax_modes_agree(device: str, dtype: torch.dtype, d: int, data:
 @pytest.mark.parametrize(
     ("device", "spec"),
     [
-        pytest.param(device, spec, id=f"{device}-{spec}", marks=[pytest.mark.gpu] * (device == "cuda"))
-        for device in ("cpu", "cuda")
-        for spec in SPECS
-        if spec.deterministic
+        *(pytest.param("cpu", spec, id=f"cpu-{spec}") for spec in SPECS if spec.deterministic),
+        *(pytest.param("cuda", spec, id=f"cuda-{spec}", marks=pytest.mark.gpu) for spec in SPECS),
     ],
 )
 @given(data=st.data())
-def test_deterministic_gradients_repeat_bit_by_bit(device: str, spec: Spec, data: st.DataObject) -> None:
+def test_results_repeat_bit_by_bit(device: str, spec: Spec, data: st.DataObject) -> None:
+    """All of deterministic calls. Of others what no two blocks add to: if that moves, there is a race."""
     inputs = draw_inputs(data, spec, device)
-    first, second = (inputs.run(cosine_attention)[0] for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    first, first_lse = inputs.run(cosine_attention)
+    for _ in range(1 if device == "cpu" else 5):
+        again, lse = inputs.run(cosine_attention)
+        assert torch.equal(lse, first_lse)
+        for name in set(first) if spec.deterministic else {"out", "dk", "dv"}:
+            assert torch.equal(again[name], first[name]), name
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

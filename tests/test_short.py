@@ -398,6 +398,7 @@ def test_registers_and_instructions(spec: KernelSpec, tmp_path: Path) -> None:
     assert not [line for line in cubin.warnings if "C75" in line]
     kernel = cubin.kernels["forward" if spec.direction == "forward" else "backward_keys"]
     assert kernel.spilled <= FEW_REGISTERS
+    assert kernel.overtaking == []
     if nvdisasm() is not None:
         if by_warpgroups(spec):
             assert kernel.count("HGMMA") > 0
