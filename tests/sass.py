@@ -125,7 +125,7 @@ def overtaking(instructions: list[tuple[str, int]]) -> list[str]:
             counter = held
         elif "SYNCS.ARRIVE" in text and counter is not None:
             found.append(text)
-        elif re.match(r"BRA\b|EXIT|RET", text):
+        elif re.match(r"BRA `|EXIT|RET", text):
             counter = None
     return found
 

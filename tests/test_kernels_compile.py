@@ -148,7 +148,7 @@ def test_spills_are_found(tmp_path: Path) -> None:
 def test_arrivals_that_overtake_loads_are_found(used_before: bool, tmp_path: Path) -> None:
     """So those who ask for none can fail."""
     if nvdisasm() is None:
-        pytest.skip("no nvdisasm")
+        pytest.skip("what an instruction waits for is read by nvdisasm: pip install nvidia-cuda-nvdisasm")
     source = tmp_path / "kernel.cu"
     use = "if (r[3] == 7) *p = 1;"
     source.write_text(

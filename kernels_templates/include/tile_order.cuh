@@ -8,7 +8,7 @@ template <bool CAUSAL> struct TileOrder {
     unsigned first_mixed, mixed_heads;  // from that tile on, the rest of the heads take turns
 
     // About so many tiles take turns.
-    inline TileOrder(unsigned heads, unsigned tiles_of_head, unsigned mixed_tiles)
+    TileOrder(unsigned heads, unsigned tiles_of_head, unsigned mixed_tiles)
         : tiles(heads * tiles_of_head), tiles_of_head(tiles_of_head) {
         const unsigned wanted = (mixed_tiles + tiles_of_head - 1) / tiles_of_head;
         mixed_heads = wanted < heads ? wanted : heads;
