@@ -1,4 +1,4 @@
-// In which order blocks take the tiles of queries of all heads.
+// In which order blocks take the tiles of all heads.
 #pragma once
 
 // Head after head, so that a head's keys stay in L2. Causal: the longest tiles of a head first, but the last heads take
@@ -18,15 +18,15 @@ template <bool CAUSAL> struct TileOrder {
     struct Place {
         unsigned head, tile;
     };
-    __device__ __forceinline__ Place at(unsigned index) const {
-        if constexpr (CAUSAL) {
-            const bool mixed = index >= first_mixed;
-            const unsigned rest = index - first_mixed;
-            const unsigned head = mixed ? first_mixed / tiles_of_head + rest % mixed_heads : index / tiles_of_head;
-            const unsigned rank = mixed ? rest / mixed_heads : index % tiles_of_head;
-            return {head, tiles_of_head - 1 - rank};
-        } else {
-            return {index / tiles_of_head, index % tiles_of_head};
-        }
+    // A tile of keys: the first ones are seen by the most queries.
+    __device__ __forceinline__ Place keys_at(unsigned index) const {
+        if (!CAUSAL || index < first_mixed) return {index / tiles_of_head, index % tiles_of_head};
+        const unsigned rest = index - first_mixed;
+        return {first_mixed / tiles_of_head + rest % mixed_heads, rest / mixed_heads};
+    }
+    // A tile of queries: the last ones see the most keys.
+    __device__ __forceinline__ Place queries_at(unsigned index) const {
+        const auto [head, rank] = keys_at(index);
+        return {head, CAUSAL ? tiles_of_head - 1 - rank : rank};
     }
 };
