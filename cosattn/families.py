@@ -12,15 +12,16 @@ from cosattn.spec import KernelSpec
 def family_of(spec: KernelSpec) -> str:
     """The fastest family of the architecture that serves ``spec``; ``sm80`` serves everything.
 
-    ``short`` (one launch, all keys of a head in shared memory) serves what has a size class, but for the larger ones
-    going backward, which are those of sm90 kernels that keep the sums of dQ in shared memory or compute dQ apart.
+    ``short`` (one launch, all keys of a head in shared memory) serves what has a size class, but for the larger ones,
+    which are those of sm90 kernels: forward that normalise keys where they meet them, backward that keep the sums of dQ
+    in shared memory or compute dQ apart.
     ``sm90`` (wgmma, TMA) multiplies 16-bit types only: float32 takes split products, which live in registers. Masks
     over pairs, which are those of windows, are sm80's too. ``split`` serves few queries of many keys.
     """
     if spec.split:
         return "split"
     if spec.short:
-        return "sm90" if tiles_sm90_backward.short_class(spec, spec.short) == spec.short else "short"
+        return "sm90" if short_class_sm90(spec, spec.short) == spec.short else "short"
     for family in ARCHS[spec.arch].families:
         if family == "sm80" or (not spec.few and not spec.pair_mask and spec.dtype != "float32" and _serves_sm90(spec)):
             return family
@@ -44,8 +45,17 @@ def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int =
         return replace(spec, short=size)
     if q_len <= few_rows(spec):
         return replace(spec, few=True)
-    size = tiles_sm90_backward.by_head(spec, q_len, group, heads)
-    return repeatable_once(replace(spec, short=size or tiles_sm90_backward.apart(spec, q_len, k_len, heads * group)))
+    size = (
+        tiles_sm90_forward.in_place(spec, q_len, k_len)
+        or tiles_sm90_backward.by_head(spec, q_len, group, heads)
+        or tiles_sm90_backward.apart(spec, q_len, k_len, heads * group)
+    )
+    return repeatable_once(replace(spec, short=size))
+
+
+def short_class_sm90(spec: KernelSpec, rows: int) -> int:
+    """``spec.short`` of an sm90 kernel for so many rows; 0 where it is none."""
+    return tiles_sm90_forward.short_class(spec, rows) or tiles_sm90_backward.short_class(spec, rows)
 
 
 def repeatable_once(spec: KernelSpec) -> KernelSpec:

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cosattn import tiles_short, tiles_sm90_backward, tiles_split
+from cosattn import tiles_short, tiles_split
 from cosattn.arch import ARCHS
-from cosattn.families import few_rows, repeatable_once
+from cosattn.families import few_rows, repeatable_once, short_class_sm90
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
 
 _SWITCH = {"no": [False], "yes": [True], "both": [False, True]}
@@ -145,7 +145,7 @@ def specs(options: argparse.Namespace, archs: Sequence[str]) -> list[KernelSpec]
             spec = replace(spec, split=split)
         elif short and short in (
             tiles_short.size_class(spec, short, short),
-            tiles_sm90_backward.short_class(spec, short),
+            short_class_sm90(spec, short),
         ):
             spec = replace(spec, short=short)
         elif few:

@@ -42,7 +42,9 @@ class ForwardTiles:
     polynomial: int = 0
     """Of eight exponentials, how many are polynomials; none where a mask makes logits -inf."""
     key_factors: bool = False
-    """1 / |k| multiplies the logits, by one more warpgroup beside them; else a pre-pass writes k_hat."""
+    """1 / |k| multiplies the logits, by one more warpgroup beside them."""
+    keys_in_place: bool = False
+    """One more warpgroup turns tiles of keys into k_hat where they lie. Without either a pre-pass writes k_hat."""
 
     @property
     def block_m(self) -> int:
@@ -54,11 +56,15 @@ class ForwardTiles:
         """Of a thread that copies, and of one that attends."""
         if self.key_factors:
             return 24, 224
+        if self.keys_in_place:
+            return 24, 128 if self.stages > 4 else 136
         return {2: (40, 232), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
 
     @property
     def norm_registers(self) -> int:
-        """Of a thread of the warpgroup that computes 1 / |k|, where there is one."""
+        """Of a thread of the warpgroup of the norms of keys, where there is one."""
+        if self.keys_in_place:  # narrow heads leave it more
+            return 64 if self.stages > 4 else 40
         return 40 if self.key_factors else 0
 
     def shared_bytes(self, spec: KernelSpec) -> int:
@@ -75,21 +81,27 @@ class ForwardTiles:
 def forward_tiles(spec: KernelSpec) -> ForwardTiles:
     """The first candidate, fastest first, that fits the architecture's shared memory."""
     for tiles in _forward_candidates(spec):
-        tiles = replace(tiles, key_factors=_key_factors(spec))
+        if not tiles.keys_in_place:
+            tiles = replace(tiles, key_factors=_key_factors(spec))
         if tiles.shared_bytes(spec) <= ARCHS[spec.arch].shared_memory:
             return tiles
     raise AssertionError(f"no forward tile fits {spec.name}")
 
 
+def _plain(spec: KernelSpec) -> bool:
+    return spec.l2norm and spec.groups == 1 and not spec.mask and spec.bias is None
+
+
 def _key_factors(spec: KernelSpec) -> bool:
     """Where products take so long that one more multiplication a logit does not show, and registers are left."""
-    plain = spec.l2norm and spec.groups == 1 and not spec.mask and spec.bias is None
     widest = max(spec.head_dim, spec.value_dim)
-    return plain and 96 < widest <= (256 if spec.softmax == "bounded" else 192)
+    return _plain(spec) and 96 < widest <= (256 if spec.softmax == "bounded" else 192)
 
 
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
+    if spec.short:
+        return [ForwardTiles(3, 64, 6 if widest <= 64 else 4, 2, keys_in_place=True)]
     if spec.bias is not None:  # it takes as many registers as the logits
         if widest <= 64:
             return [ForwardTiles(3, 64, 4, 2)]
@@ -112,6 +124,26 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
 def serves(spec: KernelSpec) -> bool:
     """Whether the family is the faster one: narrow heads with a bias are windows, too short for blocks of 192 rows."""
     return spec.dtype != "float32" and (spec.bias is None or max(spec.head_dim, spec.value_dim) > 32)
+
+
+FEW_KEYS = 1024
+"""``spec.short`` of calls of few keys, head dims up to 96, whose blocks normalise keys where they meet them: up to so many
+keys."""
+SEEN = {32: 512, 64: 256, 96: 512}
+"""By the widest head dim: that is faster than a pre-pass where a query sees at most so many keys on average."""
+
+
+def short_class(spec: KernelSpec, keys: int) -> int:
+    """``spec.short`` of a call with so many keys whose blocks can normalise them themselves; 0 else."""
+    able = spec.direction == "forward" and spec.arch == "sm90" and not spec.pair_mask and serves(spec) and _plain(spec)
+    return FEW_KEYS if able and max(spec.head_dim, spec.value_dim) <= max(SEEN) and keys <= FEW_KEYS else 0
+
+
+def in_place(spec: KernelSpec, q_len: int, k_len: int) -> int:
+    """``spec.short`` of a call that is faster without a pre-pass over its keys; 0 elsewhere."""
+    seen = k_len - min(q_len, k_len) / 2 if spec.causal else k_len
+    limit = next((limit for size, limit in SEEN.items() if max(spec.head_dim, spec.value_dim) <= size), 0)
+    return short_class(spec, k_len) if seen <= limit else 0
 
 
 def value_columns(spec: KernelSpec) -> list[int]:

@@ -16,6 +16,7 @@ from sass import compile_spec, nvdisasm
 from test_kernels_compile import needs_nvcc
 from test_tiles import errors_of_claims, pairs_of_dims
 
+from cosattn import cosine_attention
 from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
 from cosattn.reference import cosine_attention_reference
@@ -251,6 +252,22 @@ def test_few_tiles_of_few_keys_are_one_launch(heads: int, keys: int, causal: boo
     assert (result.statistics["blocks"] == blocks) == alone
     expected = cosine_attention_reference(q.double(), k.double(), v.double(), causal=causal)
     assert relative_error(result.out, expected) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [128, 256])
+def test_blocks_of_many_keys_begin_anywhere(d: int) -> None:
+    torch.manual_seed(0)
+    length = 33_000
+    q, k, v = (torch.randn(1, 2, length, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    out = cosine_attention(q, k, v, causal=True)
+    assert torch.equal(cosine_attention(q, k, v, causal=True), out)
+    rows = torch.arange(0, length, 331, device="cuda")
+    unit = [torch.nn.functional.normalize(x.double(), dim=-1) for x in (q[:, :, rows], k)]
+    logits = 8 * unit[0] @ unit[1].mT
+    later = torch.arange(length, device="cuda") > rows[:, None]
+    expected = logits.masked_fill(later, -torch.inf).softmax(-1) @ v.double()
+    assert relative_error(out[:, :, rows], expected) < 5e-3
 
 
 @pytest.mark.parametrize("d", [64, 128, 192, 256])

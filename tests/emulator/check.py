@@ -15,6 +15,7 @@ from cosattn.reference import cosine_attention_reference, repeated
 from cosattn.spec import DType, KernelSpec, Softmax
 from cosattn.tiles_short import size_class
 from cosattn.tiles_sm90_backward import BLOCK_M, apart_class, head_class
+from cosattn.tiles_sm90_forward import short_class
 from emulator import harness
 
 TORCH = {name: dtype for dtype, name in harness.DTYPES.items()}
@@ -57,6 +58,8 @@ class Problem:
     arch: str = "sm80"
     short: bool = False
     """The kernels for short sequences, where they are able to serve it."""
+    in_place: bool = False
+    """Forward up to head dim 96: keys are normalised where blocks meet them."""
     by_head: bool = False
     """Backward: a head a block, whose queries' sums stay in shared memory."""
     apart: bool = False
@@ -145,6 +148,8 @@ def specs(problem: Problem) -> Iterator[KernelSpec]:
         deterministic=problem.deterministic,
         bias_grad=problem.bias is not None and problem.bias_grad,
     )
+    if problem.in_place:
+        forward = replace(forward, short=short_class(forward, t.k.shape[2]))
     if problem.by_head:
         rows = t.q.shape[1] // t.k.shape[1] * -(-t.q.shape[2] // BLOCK_M) * BLOCK_M
         backward = replace(backward, short=head_class(backward, rows))

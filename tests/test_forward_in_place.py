@@ -1,0 +1,168 @@
+"""The Hopper forward of few keys, which blocks normalise where they meet them: which calls get it, ptxas, results."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import relative_error
+from emulator import harness
+from emulator.check import Problem, check, specs
+from sass import compile_spec
+from test_kernels_compile import needs_nvcc
+from test_tiles import errors_of_claims, pairs_of_dims
+
+from cosattn import cosine_attention
+from cosattn.arch import ARCHS
+from cosattn.families import family_of, sized
+from cosattn.reference import cosine_attention_reference
+from cosattn.render import render
+from cosattn.spec import KernelSpec
+from cosattn.tiles_sm90_forward import FEW_KEYS, forward_tiles, short_class
+
+PLAIN = KernelSpec("forward", "sm90", "bfloat16", 96, 96)
+FEW = replace(PLAIN, short=FEW_KEYS)
+
+PROBLEMS = [
+    Problem(d=8, sq=70, sk=200),
+    Problem(d=24, dv=16, sq=100, sk=270, causal=True),
+    Problem(d=32, sq=400, sk=500),
+    Problem(d=40, dv=24, sq=77, strided=True, dtype="float16"),
+    Problem(d=48, dv=96, sq=200, sk=129, causal=True),
+    Problem(d=64, sq=130, sk=1, scale=0),
+    Problem(d=64, sq=300, sk=520, heads=4, kv_heads=1, scale=0),
+    Problem(d=64, sq=700, heads=5, causal=True),  # heads one after another, and the last ones in turns
+    Problem(d=64, sq=500, sk=150, causal=True),  # rows that see no key
+    Problem(d=64, sq=300, causal=True, softmax="online", scale=60.0),
+    Problem(d=80, sq=66, sk=129, batch=5, heads=1),
+    Problem(d=96, sq=200, sk=260, causal=True, heads=4, kv_heads=2),  # tiles of keys that only later rows see
+    Problem(d=96, sq=197, sk=500, dtype="float16", softmax="online"),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_results(problem: Problem) -> None:
+    problem = replace(problem, arch="sm90", in_place=True)
+    forward, _ = specs(problem)
+    assert forward.short == FEW_KEYS
+    assert family_of(forward) == "sm90"
+    check(problem)
+
+
+def test_what_is_chosen() -> None:
+    def chosen(d: int, q_len: int, k_len: int, **options: object) -> int:
+        return sized(replace(PLAIN, head_dim=d, value_dim=d, **options), q_len, k_len, heads=1024).short  # type: ignore[arg-type]
+
+    for d, keys in ((24, 512), (40, 256), (96, 512)):
+        assert chosen(d, 300, keys) == FEW_KEYS
+        assert chosen(d, 300, keys + 1) == 0
+        assert chosen(d, 2 * keys, 2 * keys, causal=True) == FEW_KEYS
+        assert chosen(d, 2 * keys + 2, 2 * keys + 2, causal=True) == 0
+        assert (
+            chosen(d, 300, 200, mask=True)
+            == chosen(d, 300, 200, l2norm=False)
+            == chosen(d, 300, 200, groups=d // 8)
+            == 0
+        )
+    assert chosen(104, 300, 200) == 0
+    assert chosen(64, 200, 200) == 256  # of the kernels for short sequences
+    for other in (
+        {"bias": "float32"},
+        {"pair_mask": True},
+        {"dtype": "float32"},
+        {"arch": "sm80"},
+        {"direction": "backward"},
+    ):
+        assert short_class(replace(PLAIN, **other), 64) == 0, other
+
+
+def test_tiles_fit(tmp_path: Path) -> None:
+    for (d, dv), dtype in itertools.product(pairs_of_dims(), ("bfloat16", "float16")):
+        spec = replace(PLAIN, head_dim=d, value_dim=dv, dtype=dtype)
+        if not (size := short_class(spec, 64)):
+            continue
+        tiles = forward_tiles(replace(spec, short=size))
+        assert tiles.keys_in_place
+        assert not tiles.key_factors
+        assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory
+        copy, attend = tiles.registers
+        warpgroups = 2 + tiles.warpgroups
+        at_start = 65536 // (128 * warpgroups) // 8 * 8
+        # Whoever asks for more registers than there are waits for ever.
+        assert copy + tiles.warpgroups * attend + tiles.norm_registers <= warpgroups * at_start
+    for spec in (FEW, replace(FEW, head_dim=40, value_dim=24)):
+        size = forward_tiles(spec).shared_bytes(spec)
+        assert errors_of_claims(spec, {"SHARED_BYTES": size}, tmp_path) == ""
+        assert "static assertion failed" in errors_of_claims(spec, {"SHARED_BYTES": size + 16}, tmp_path)
+
+
+def test_no_pass_writes_keys() -> None:
+    source = render(FEW).source
+    assert "prepare_keys" not in source
+    assert "T* k_hat" not in source
+
+
+def compiled_specs() -> list[KernelSpec]:
+    changes = ({}, {"softmax": "online"}, {"dtype": "float16"})
+    return [
+        replace(FEW, head_dim=d, value_dim=d, causal=causal, **options)
+        for d, causal, options in itertools.product((8, 32, 64, 96), (False, True), changes)
+    ] + [replace(FEW, head_dim=40, value_dim=96), replace(FEW, head_dim=96, value_dim=64, causal=True)]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("spec", compiled_specs(), ids=lambda spec: spec.name)
+def test_machine_code(spec: KernelSpec, tmp_path: Path) -> None:
+    cubin = compile_spec(spec, tmp_path)
+    assert not [line for line in cubin.warnings if "C75" in line], "ptxas keeps products asynchronous"
+    assert set(cubin.kernels) == {"prepare", "forward"}
+    for name, kernel in cubin.kernels.items():
+        assert kernel.spilled == 0, f"{name} moves {kernel.spilled} bytes through its stack"
+        assert kernel.overtaking == []
+
+
+@pytest.mark.parametrize("d", [32, 64, 96])
+def test_results_are_those_of_the_pass(d: int) -> None:
+    """Keys are rounded to the same k_hat but for ties, as norms are summed in another order."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, d, dtype=torch.bfloat16) for _ in range(3))
+    k[0, 1, 70] = 0
+    spec = harness.spec_of("forward", q, k, v, arch="sm90")
+    with_pass = harness.run_forward(spec, q, k, v)
+    in_place = harness.run_forward(replace(spec, short=FEW_KEYS), q, k, v)
+    assert relative_error(in_place.out, with_pass.out.double()) < 1e-3
+    assert ((in_place.lse - with_pass.lse).abs() > 1e-5).double().mean() < 0.02
+    for power in (-30, 59):
+        assert torch.equal(harness.run_forward(replace(spec, short=FEW_KEYS), q, k * 2.0**power, v).out, in_place.out)
+
+
+def test_what_is_not_finite_stays_with_those_that_see_it() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, 64, dtype=torch.bfloat16) for _ in range(3))
+    v[0, 0, 170, 3] = torch.nan
+    k[0, 1, 34] = torch.nan
+    spec = replace(harness.spec_of("forward", q, k, v, arch="sm90", causal=True), short=FEW_KEYS)
+    out = harness.run_forward(spec, q, k, v).out
+    broken = torch.zeros_like(out, dtype=torch.bool)
+    broken[0, 0, 170:, 3] = True
+    broken[0, 1, 34:] = True
+    assert torch.equal(~out.isfinite(), broken)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [32, 64, 96])
+@pytest.mark.parametrize("causal", [False, True])
+def test_results_on_a_gpu_repeat(d: int, causal: bool) -> None:
+    torch.manual_seed(0)
+    length = 512 if causal else 256 if d == 64 else 500
+    heads = 200 if d != 64 or causal else 64
+    q, k, v = (torch.randn(4, heads, length, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    first = cosine_attention(q, k, v, causal=causal)
+    for _ in range(20):
+        assert torch.equal(cosine_attention(q, k, v, causal=causal), first)
+    some = [x[1:2, 3:9].double() for x in (q, k, v)]
+    expected = cosine_attention_reference(*some, causal=causal)
+    assert relative_error(first[1:2, 3:9], expected) < 6e-3
