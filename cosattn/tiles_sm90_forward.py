@@ -127,8 +127,8 @@ def serves(spec: KernelSpec) -> bool:
 
 
 FEW_KEYS = 1024
-"""``spec.short`` of calls of few keys, head dims up to 96, whose blocks normalise keys where they meet them: up to so many
-keys."""
+"""``spec.short`` of calls of few keys, head dims up to 96, whose blocks normalise keys where they meet them: up to so
+many keys."""
 SEEN = {32: 512, 64: 256, 96: 512}
 """By the widest head dim: that is faster than a pre-pass where a query sees at most so many keys on average."""
 
