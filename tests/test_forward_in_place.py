@@ -139,17 +139,22 @@ def test_results_are_those_of_the_pass(d: int) -> None:
         assert torch.equal(harness.run_forward(replace(spec, short=FEW_KEYS), q, k * 2.0**power, v).out, in_place.out)
 
 
-def test_what_is_not_finite_stays_with_those_that_see_it() -> None:
+@pytest.mark.parametrize(("d", "dtype"), [(32, torch.bfloat16), (64, torch.bfloat16), (96, torch.float16)])
+def test_what_is_not_finite_stays_with_those_that_see_it(d: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 300, 64, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(1, 3, 300, d, dtype=torch.float32).to(dtype) for _ in range(3))
     v[0, 0, 170, 3] = torch.nan
     k[0, 1, 34] = torch.nan
+    k[0, 2, 0, 5] = torch.inf
     spec = replace(harness.spec_of("forward", q, k, v, arch="sm90", causal=True), short=FEW_KEYS)
     out = harness.run_forward(spec, q, k, v).out
     broken = torch.zeros_like(out, dtype=torch.bool)
     broken[0, 0, 170:, 3] = True
     broken[0, 1, 34:] = True
+    broken[0, 2] = True
     assert torch.equal(~out.isfinite(), broken)
+    clean = harness.run_forward(spec, *(x.nan_to_num(0.0, 0.0, 0.0) for x in (q, k, v))).out
+    assert relative_error(out[~broken], clean[~broken].double()) < 1e-3
 
 
 @pytest.mark.gpu
