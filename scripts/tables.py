@@ -267,6 +267,16 @@ def today_block(results: Results) -> str:
     return "\n\n".join([*parts, absent_and_machine(result)])
 
 
+def product_block(results: Results) -> str:
+    """Beside a plain matrix product, under the same power limit."""
+    result = results.get("product")
+    if result is None:
+        return missing("product")
+    lines, _ = by_length("forward", {**result, "rivals": {}})
+    note = f"In brackets: times the rate of the matrix product. {machine(result)}"
+    return "\n\n".join([lines, note, *results.plot("product", "TFLOP/s over length")])
+
+
 def windows_block(results: Results) -> str:
     """Windows with bias and mask, against the better of eager and compiled."""
     result = results.get("windows")
@@ -487,6 +497,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "hopper": hopper_block,
     "hopper-short": hopper_short_block,
     "today": today_block,
+    "product": product_block,
     "windows": windows_block,
     "short-sequences": short_sequences_block,
     "short-sequences-most-heads": few_short_sequences_block,

@@ -425,6 +425,12 @@ def test_the_tables_of_a_grid(tmp_path: Path) -> None:
         assert line in text
     assert "| d 64 | 400 (1.25×) |" in text[text.index("| both, TFLOP/s | S 512 |") :]
 
+    page.write_text("<!-- begin product -->\n\n<!-- end product -->\n")
+    product = {"suite": "product", "environment": facts, "rows": [grid_row(128, 8192, 700.0, product=750.0)]}
+    (results / "product.json").write_text(json.dumps(product))
+    run("scripts/tables.py", "--results", results, page)
+    assert "| d 128 | 700 (0.93×) |" in re.sub(" +", " ", page.read_text())
+
 
 REPORT = """==PROF== Connected to process 1
 "ID","Kernel Name","gpu__time_duration.sum","sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",\
