@@ -130,7 +130,8 @@ FEW_KEYS = 1024
 """``spec.short`` of calls of few keys, head dims up to 96, whose blocks normalise keys where they meet them: up to so
 many keys."""
 SEEN = {32: 512, 64: 256, 96: 512}
-"""By the widest head dim: that is faster than a pre-pass where a query sees at most so many keys on average."""
+"""By the widest head dim: that is faster than a pre-pass where a query sees at most so many keys on average. Grouped
+heads meet a key as many times more."""
 
 
 def short_class(spec: KernelSpec, keys: int) -> int:
@@ -139,11 +140,14 @@ def short_class(spec: KernelSpec, keys: int) -> int:
     return FEW_KEYS if able and max(spec.head_dim, spec.value_dim) <= max(SEEN) and keys <= FEW_KEYS else 0
 
 
-def in_place(spec: KernelSpec, q_len: int, k_len: int) -> int:
-    """``spec.short`` of a call that is faster without a pre-pass over its keys; 0 elsewhere."""
+def in_place(spec: KernelSpec, q_len: int, k_len: int, group: int) -> int:
+    """``spec.short`` of a call that is faster without a pre-pass over its keys; 0 elsewhere.
+
+    ``group``: query heads to a key head.
+    """
     seen = k_len - min(q_len, k_len) / 2 if spec.causal else k_len
     limit = next((limit for size, limit in SEEN.items() if max(spec.head_dim, spec.value_dim) <= size), 0)
-    return short_class(spec, k_len) if seen <= limit else 0
+    return short_class(spec, k_len) if group * seen <= limit else 0
 
 
 def value_columns(spec: KernelSpec) -> list[int]:

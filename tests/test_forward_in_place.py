@@ -68,6 +68,8 @@ def test_what_is_chosen() -> None:
             == 0
         )
     assert chosen(104, 300, 200) == 0
+    assert sized(PLAIN, 300, 128, group=4).short == FEW_KEYS
+    assert sized(PLAIN, 300, 129, group=4).short == 0
     assert chosen(64, 200, 200) == 256  # of the kernels for short sequences
     for other in (
         {"bias": "float32"},
@@ -141,6 +143,7 @@ def test_results_are_those_of_the_pass(d: int) -> None:
 
 @pytest.mark.parametrize(("d", "dtype"), [(32, torch.bfloat16), (64, torch.bfloat16), (96, torch.float16)])
 def test_what_is_not_finite_stays_with_those_that_see_it(d: int, dtype: torch.dtype) -> None:
+    # A past failure: rows that are looked at again, as another's v is not finite, saw keys without their norm.
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 3, 300, d, dtype=torch.float32).to(dtype) for _ in range(3))
     v[0, 0, 170, 3] = torch.nan
