@@ -21,7 +21,7 @@ from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
 from cosattn.reference import cosine_attention_reference
 from cosattn.spec import KernelSpec
-from cosattn.tiles_sm90_forward import forward_tiles, padded, serves, slab_columns, wgmma_columns
+from cosattn.tiles_sm90_forward import forward_tiles, padded, serves, short_class, slab_columns, wgmma_columns
 
 PLAIN = KernelSpec("forward", "sm90", "bfloat16", 64, 64)
 TUNED = (32, 64, 96, 128, 192, 256)
@@ -39,7 +39,7 @@ def test_few_queries_of_narrow_heads_get_smaller_blocks() -> None:
     for spec, rows in ((unequal, 64), (backward, 128), (replace(backward, head_dim=40), 64)):
         few = sized(spec, rows, rows)
         assert (family_of(few), family_of(sized(few, rows + 1, rows))) == ("sm80", "sm90")
-        assert sized(few, rows + 1, rows) == spec
+        assert sized(few, rows + 1, rows) == replace(spec, short=short_class(spec, rows))
         assert few.name != spec.name
     for other in ({"value_dim": 72}, {"dtype": "float32"}, {"arch": "sm80"}):
         assert sized(replace(PLAIN, **other), 1, 1) == replace(PLAIN, **other)
