@@ -53,6 +53,12 @@ def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int =
     return repeatable_once(replace(spec, short=size))
 
 
+SHORT_CLASSES_SM90 = sorted(
+    {tiles_sm90_forward.FEW_KEYS, tiles_sm90_backward.APART_KEYS}.union(*tiles_sm90_backward.HEAD_ROWS.values())
+)
+"""Values of ``spec.short`` that name sm90 kernels: few, and larger than those of the kernels for short sequences."""
+
+
 def short_class_sm90(spec: KernelSpec, rows: int) -> int:
     """``spec.short`` of an sm90 kernel for so many rows; 0 where it is none."""
     return tiles_sm90_forward.short_class(spec, rows) or tiles_sm90_backward.short_class(spec, rows)

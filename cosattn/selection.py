@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cosattn import tiles_short, tiles_split
 from cosattn.arch import ARCHS
-from cosattn.families import few_rows, repeatable_once, short_class_sm90
+from cosattn.families import SHORT_CLASSES_SM90, few_rows, repeatable_once, short_class_sm90
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
 
 _SWITCH = {"no": [False], "yes": [True], "both": [False, True]}
@@ -64,9 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--short",
         nargs="+",
         type=int,
-        default=[0],
+        default=[0, *SHORT_CLASSES_SM90],
         metavar="ROWS",
-        help="size class of short sequences, as in a kernel's name; default: 0, of any length",
+        help="size class of short sequences, as in a kernel's name, or 0 for kernels of any length; default: 0 and the "
+        f"larger classes ({', '.join(map(str, SHORT_CLASSES_SM90))}), so that all of more than 256 tokens is built",
     )
     for name, meaning in _SWITCHES.items():
         group.add_argument(
@@ -170,7 +171,7 @@ def command_for(spec: KernelSpec) -> str:
     if spec.bias is not None:
         words.append(f"--bias {spec.bias}")
     words.append(f"--softmax {spec.softmax}")
-    if spec.short:
+    if spec.short or spec.arch == "sm90":
         words.append(f"--short {spec.short}")
     if spec.split:
         words.append(f"--split {spec.split}")

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from cosattn import build, cache, host_build, selection, tiles_split, toolchain, warmup
 from cosattn.arch import ARCHS
 from cosattn.errors import ToolchainError
+from cosattn.families import sized
 from cosattn.spec import DIRECTIONS, DTYPES, HEAD_DIMS, SOFTMAX_MODES, KernelSpec
 
 
@@ -91,10 +92,23 @@ def test_the_command_for_a_kernel_selects_exactly_that_kernel(spec: KernelSpec) 
 
 
 def test_several_values_select_every_combination() -> None:
-    options = parse("--dtype", "float16", "float32", "--head-dim", "32", "64", "--causal", "both", "--mask")
+    options = parse(
+        *("--dtype", "float16", "float32", "--head-dim", "32", "64", "--causal", "both", "--mask", "--short", "0")
+    )
     found = selection.specs(options, ["sm80", "sm90"])
     assert len(found) == len(set(found)) == 2 * 2 * 2 * 2 * 2
     assert all(spec.mask for spec in found)
+
+
+def test_all_lengths_above_those_of_the_short_kernels_are_built() -> None:
+    for head_dim, causal in ((32, "yes"), (64, "no"), (96, "yes"), (128, "yes")):
+        options = parse("--dtype", "bfloat16", "--head-dim", str(head_dim), "--causal", causal)
+        found = selection.specs(options, ["sm90"])
+        for spec in [spec for spec in found if not spec.short]:
+            for length in (257, 512, 513, 1024, 1025, 4096):
+                assert sized(spec, length, length, heads=1024) in found
+    options = parse("--dtype", "bfloat16", "--head-dim", "64")
+    assert not any(spec.short for spec in selection.specs(options, ["sm80"]))
 
 
 def test_what_names_no_kernel_collapses() -> None:
