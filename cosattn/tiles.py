@@ -45,6 +45,11 @@ def pad16(columns: int) -> int:
     return (columns + 15) // 16 * 16
 
 
+def seen_keys(spec: KernelSpec, q_len: int, k_len: int) -> float:
+    """Keys that a query sees on average, as far as causality says."""
+    return k_len - min(q_len, k_len) / 2 if spec.causal else k_len
+
+
 def forward_tiles(spec: KernelSpec) -> ForwardTiles:
     """The first candidate, fastest first, that fits the architecture's shared memory."""
     limit = ARCHS[spec.arch].shared_memory

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import pad16
+from cosattn.tiles import pad16, seen_keys
 
 BLOCK_M = 64
 """Queries of a tile."""
@@ -249,9 +249,8 @@ def apart(spec: KernelSpec, q_len: int, k_len: int, heads: int) -> int:
     ``heads``: of q, in all the batch. Two products more for each pair of query and key save what is read and written
     of dQ, so that it is faster where a query sees at most 512 keys on average.
     """
-    seen = k_len - min(q_len, k_len) / 2 if spec.causal else k_len
     blocks = heads * -(-q_len // 128)
-    return apart_class(spec, k_len) if seen <= 512 and blocks >= 4 * MULTIPROCESSORS else 0
+    return apart_class(spec, k_len) if seen_keys(spec, q_len, k_len) <= 512 and blocks >= 4 * MULTIPROCESSORS else 0
 
 
 def short_class(spec: KernelSpec, rows: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import pad16
+from cosattn.tiles import pad16, seen_keys
 
 BARRIER_BYTES = 512
 ALIGNMENT = 1024
@@ -45,6 +45,8 @@ class ForwardTiles:
     """1 / |k| multiplies the logits, by one more warpgroup beside them."""
     keys_in_place: bool = False
     """One more warpgroup turns tiles of keys into k_hat where they lie. Without either a pre-pass writes k_hat."""
+    norm_registers: int = 0
+    """Of a thread of that warpgroup of the norms, where there is one."""
 
     @property
     def block_m(self) -> int:
@@ -56,16 +58,9 @@ class ForwardTiles:
         """Of a thread that copies, and of one that attends."""
         if self.key_factors:
             return 24, 224
-        if self.keys_in_place:
-            return 24, 128 if self.stages > 4 else 136
+        if self.keys_in_place:  # what is left of 96 for each of five warpgroups
+            return 24, (5 * 96 - 24 - self.norm_registers) // self.warpgroups // 8 * 8
         return {2: (40, 232), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
-
-    @property
-    def norm_registers(self) -> int:
-        """Of a thread of the warpgroup of the norms of keys, where there is one."""
-        if self.keys_in_place:  # narrow heads leave it more
-            return 64 if self.stages > 4 else 40
-        return 40 if self.key_factors else 0
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of one thread block; the same sum as SHARED_BYTES in the template."""
@@ -81,8 +76,8 @@ class ForwardTiles:
 def forward_tiles(spec: KernelSpec) -> ForwardTiles:
     """The first candidate, fastest first, that fits the architecture's shared memory."""
     for tiles in _forward_candidates(spec):
-        if not tiles.keys_in_place:
-            tiles = replace(tiles, key_factors=_key_factors(spec))
+        if _key_factors(spec):
+            tiles = replace(tiles, key_factors=True, norm_registers=40)
         if tiles.shared_bytes(spec) <= ARCHS[spec.arch].shared_memory:
             return tiles
     raise AssertionError(f"no forward tile fits {spec.name}")
@@ -101,7 +96,8 @@ def _key_factors(spec: KernelSpec) -> bool:
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     if spec.short:
-        return [ForwardTiles(3, 64, 6 if widest <= 64 else 4, 2, keys_in_place=True)]
+        stages, norm_registers = (6, 64) if widest <= 64 else (4, 40)
+        return [ForwardTiles(3, 64, stages, 2, keys_in_place=True, norm_registers=norm_registers)]
     if spec.bias is not None:  # it takes as many registers as the logits
         if widest <= 64:
             return [ForwardTiles(3, 64, 4, 2)]
@@ -145,9 +141,8 @@ def in_place(spec: KernelSpec, q_len: int, k_len: int, group: int) -> int:
 
     ``group``: query heads to a key head.
     """
-    seen = k_len - min(q_len, k_len) / 2 if spec.causal else k_len
     limit = next((limit for size, limit in SEEN.items() if max(spec.head_dim, spec.value_dim) <= size), 0)
-    return short_class(spec, k_len) if group * seen <= limit else 0
+    return short_class(spec, k_len) if group * seen_keys(spec, q_len, k_len) <= limit else 0
 
 
 def value_columns(spec: KernelSpec) -> list[int]:
