@@ -12,11 +12,11 @@ from accuracy import relative_error
 from emulator import harness
 from emulator.check import Problem, check, specs
 from sass import compile_spec
+from test_forward_sm90 import assert_tiles_fit
 from test_kernels_compile import needs_nvcc
 from test_tiles import errors_of_claims, pairs_of_dims
 
 from cosattn import cosine_attention
-from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
 from cosattn.reference import cosine_attention_reference
 from cosattn.render import render
@@ -86,15 +86,10 @@ def test_tiles_fit(tmp_path: Path) -> None:
         spec = replace(PLAIN, head_dim=d, value_dim=dv, dtype=dtype)
         if not (size := short_class(spec, 64)):
             continue
-        tiles = forward_tiles(replace(spec, short=size))
-        assert tiles.keys_in_place
-        assert not tiles.key_factors
-        assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory
-        copy, attend = tiles.registers
-        warpgroups = 2 + tiles.warpgroups
-        at_start = 65536 // (128 * warpgroups) // 8 * 8
-        # Whoever asks for more registers than there are waits for ever.
-        assert copy + tiles.warpgroups * attend + tiles.norm_registers <= warpgroups * at_start
+        spec = replace(spec, short=size)
+        assert forward_tiles(spec).keys_in_place
+        assert not forward_tiles(spec).key_factors
+        assert_tiles_fit(spec)
     for spec in (FEW, replace(FEW, head_dim=40, value_dim=24)):
         size = forward_tiles(spec).shared_bytes(spec)
         assert errors_of_claims(spec, {"SHARED_BYTES": size}, tmp_path) == ""
@@ -159,13 +154,21 @@ def test_what_is_not_finite_stays_with_those_that_see_it(d: int, dtype: torch.dt
     assert relative_error(out[~broken], clean[~broken].double()) < 1e-3
 
 
+REPEATED = {(d, causal): 512 if causal else 192 if d == 64 else 500 for d in (32, 64, 96) for causal in (False, True)}
+"""Lengths that run again and again, by head dim and whether causal."""
+
+
+def test_what_is_repeated_is_of_few_keys() -> None:
+    for (d, causal), length in REPEATED.items():
+        spec = replace(PLAIN, head_dim=d, value_dim=d, causal=causal)
+        assert sized(spec, length, length, heads=800).short == FEW_KEYS
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("d", [32, 64, 96])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("d", "causal"), REPEATED)
 def test_results_on_a_gpu_repeat(d: int, causal: bool) -> None:
     torch.manual_seed(0)
-    length = 512 if causal else 256 if d == 64 else 500
-    heads = 200 if d != 64 or causal else 64
+    length, heads = REPEATED[d, causal], 200
     q, k, v = (torch.randn(4, heads, length, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     first = cosine_attention(q, k, v, causal=causal)
     for _ in range(20):

@@ -42,7 +42,19 @@ def test_few_queries_of_narrow_heads_get_smaller_blocks() -> None:
         assert sized(few, rows + 1, rows) == replace(spec, short=short_class(spec, rows))
         assert few.name != spec.name
     for other in ({"value_dim": 72}, {"dtype": "float32"}, {"arch": "sm80"}):
-        assert not sized(replace(PLAIN, **other), 1, 1).few
+        spec = replace(PLAIN, **other)
+        assert sized(spec, 1, 1) == replace(spec, short=short_class(spec, 1))
+
+
+def assert_tiles_fit(spec: KernelSpec) -> None:
+    tiles = forward_tiles(spec)
+    assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory, spec.name
+    copy, attend = tiles.registers
+    warpgroups = 1 + tiles.warpgroups + (tiles.norm_registers > 0)
+    assert (tiles.norm_registers > 0) == (tiles.key_factors or tiles.keys_in_place), spec.name
+    at_start = 65536 // (128 * warpgroups) // 8 * 8
+    # Whoever asks for more registers than there are waits for ever.
+    assert copy + tiles.warpgroups * attend + tiles.norm_registers <= warpgroups * at_start, spec.name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -51,12 +63,7 @@ def test_tiles_fit(dtype: str) -> None:
         if not serves(spec):
             continue
         tiles = forward_tiles(spec)
-        assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory, spec.name
-        copy, attend = tiles.registers
-        warpgroups = 1 + tiles.warpgroups + tiles.key_factors
-        at_start = 65536 // (128 * warpgroups) // 8 * 8
-        # Whoever asks for more registers than there are waits for ever.
-        assert copy + tiles.warpgroups * attend + tiles.norm_registers <= warpgroups * at_start, spec.name
+        assert_tiles_fit(spec)
         assert all(n % 8 == 0 and n <= 256 for n in wgmma_columns(spec)), spec.name
         assert tiles.block_n % (32 if spec.mask else 16) == 0, spec.name
         assert tiles.polynomial == 0 or max(spec.head_dim, spec.value_dim) <= 32, spec.name
