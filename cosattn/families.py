@@ -46,7 +46,7 @@ def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int =
     if q_len <= few_rows(spec):
         return replace(spec, few=True)
     size = (
-        tiles_sm90_forward.in_place(spec, q_len, k_len, group)
+        tiles_sm90_forward.in_place(spec, q_len, k_len, group, heads)
         or tiles_sm90_backward.by_head(spec, q_len, group, heads)
         or tiles_sm90_backward.apart(spec, q_len, k_len, heads * group)
     )

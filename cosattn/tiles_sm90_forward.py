@@ -34,7 +34,7 @@ class ForwardTiles:
     block_n: int
     """Keys of a tile."""
     stages: int
-    """Key tiles in shared memory."""
+    """Tiles of values in shared memory, and of keys where nothing else is said."""
     query_buffers: int
     """Query tiles in shared memory: with two, the next one arrives while this one is worked on."""
     output_parts: int = 1
@@ -43,10 +43,26 @@ class ForwardTiles:
     """Of eight exponentials, how many are polynomials; none where a mask makes logits -inf."""
     key_factors: bool = False
     """1 / |k| multiplies the logits, by one more warpgroup beside them."""
-    keys_in_place: bool = False
-    """One more warpgroup turns tiles of keys into k_hat where they lie. Without either a pre-pass writes k_hat."""
+    few_key_stages: int = 0
+    """Tiles of keys in shared memory that become k_hat there and stay for all queries of a head, if all its keys fit.
+    With neither this nor factors a pre-pass writes k_hat."""
     norm_registers: int = 0
-    """Of a thread of that warpgroup of the norms, where there is one."""
+    """Of a thread of one more warpgroup for the norms of keys; without it, two of the warps that copy make k_hat."""
+
+    @property
+    def keys_in_place(self) -> bool:
+        """Whether keys become k_hat where they lie in shared memory."""
+        return self.few_key_stages > 0
+
+    @property
+    def key_stages(self) -> int:
+        """Tiles of keys in shared memory."""
+        return self.few_key_stages or self.stages
+
+    @property
+    def barrier_bytes(self) -> int:
+        """Room for barriers and for what is known of tiles."""
+        return 2 * BARRIER_BYTES if self.keys_in_place else BARRIER_BYTES
 
     @property
     def block_m(self) -> int:
@@ -58,8 +74,10 @@ class ForwardTiles:
         """Of a thread that copies, and of one that attends."""
         if self.key_factors:
             return 24, 224
-        if self.keys_in_place:  # what is left of 96 for each of five warpgroups
-            return 24, (5 * 96 - 24 - self.norm_registers) // self.warpgroups // 8 * 8
+        if self.norm_registers:  # and keys in place
+            return (40, 208) if self.warpgroups == 2 else (32, 136)
+        if self.keys_in_place and self.warpgroups == 3:
+            return 56, 152
         return {2: (40, 232), 3: (32, 160), 4: (32, 112)}[self.warpgroups]
 
     def shared_bytes(self, spec: KernelSpec) -> int:
@@ -68,9 +86,9 @@ class ForwardTiles:
         queries = self.query_buffers * self.block_m * (d if self.output_parts else max(d, dv))
         if self.output_parts:
             queries += self.block_m * dv // self.output_parts
-        keys = self.stages * self.block_n * (d + dv)
+        keys = self.block_n * (self.key_stages * d + self.stages * dv)
         factors = 4 * self.stages * self.block_n if self.key_factors else 0
-        return 2 * (queries + keys) + BARRIER_BYTES + factors + ALIGNMENT
+        return 2 * (queries + keys) + self.barrier_bytes + factors + ALIGNMENT
 
 
 def forward_tiles(spec: KernelSpec) -> ForwardTiles:
@@ -90,14 +108,20 @@ def _plain(spec: KernelSpec) -> bool:
 def _key_factors(spec: KernelSpec) -> bool:
     """Where products take so long that one more multiplication a logit does not show, and registers are left."""
     widest = max(spec.head_dim, spec.value_dim)
-    return _plain(spec) and 96 < widest <= (256 if spec.softmax == "bounded" else 192)
+    return _plain(spec) and not spec.short and 96 < widest <= (256 if spec.softmax == "bounded" else 192)
 
 
 def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     if spec.short:
-        stages, norm_registers = (6, 64) if widest <= 64 else (4, 40)
-        return [ForwardTiles(3, 64, stages, 2, keys_in_place=True, norm_registers=norm_registers)]
+        if widest <= 32:
+            return [ForwardTiles(3, 128, 4, 2, polynomial=1, few_key_stages=16)]
+        if widest <= 64:
+            return [ForwardTiles(4, 64, 4, 2, output_parts=0, few_key_stages=16)]
+        if widest <= 96:
+            return [ForwardTiles(3, 64, 4, 2, output_parts=0, few_key_stages=8, norm_registers=40)]
+        parts = 2 - padded(spec.value_dim) // slab_columns(spec.value_dim) % 2
+        return [ForwardTiles(2, 64, 3, 1, output_parts=parts, few_key_stages=8, norm_registers=56)]
     if spec.bias is not None:  # it takes as many registers as the logits
         if widest <= 64:
             return [ForwardTiles(3, 64, 4, 2)]
@@ -122,27 +146,32 @@ def serves(spec: KernelSpec) -> bool:
     return spec.dtype != "float32" and (spec.bias is None or max(spec.head_dim, spec.value_dim) > 32)
 
 
-FEW_KEYS = 1024
-"""``spec.short`` of calls of few keys, head dims up to 96, whose blocks normalise keys where they meet them: up to so
-many keys."""
-SEEN = {32: 512, 64: 256, 96: 512}
-"""By the widest head dim: that is faster than a pre-pass where a query sees at most so many keys on average. Grouped
-heads meet a key as many times more."""
+FEW_KEYS = 2048
+"""``spec.short`` of calls of few keys, head dims up to 128, that become k_hat in shared memory: up to so many keys."""
+FEW = {32: (2048, 1024), 64: (1024, 1024), 96: (1024, 512), 128: (512, 256)}
+"""By the widest head dim: that is faster than a pass over the keys, or than factors, for so many keys of which a query
+sees so many on average. Tiles of grouped heads share a pass, so it is worth as many times less to them."""
+FEW_HEADS, FEW_HEADS_KEYS = 132, 512
+"""With fewer key heads, multiprocessors that share one make its k_hat each: up to so many keys."""
 
 
 def short_class(spec: KernelSpec, keys: int) -> int:
-    """``spec.short`` of a call with so many keys whose blocks can normalise them themselves; 0 else."""
+    """``spec.short`` of a call with so many keys that can become k_hat in shared memory; 0 else."""
     able = spec.direction == "forward" and spec.arch == "sm90" and not spec.pair_mask and serves(spec) and _plain(spec)
-    return FEW_KEYS if able and max(spec.head_dim, spec.value_dim) <= max(SEEN) and keys <= FEW_KEYS else 0
+    return FEW_KEYS if able and max(spec.head_dim, spec.value_dim) <= max(FEW) and keys <= FEW_KEYS else 0
 
 
-def in_place(spec: KernelSpec, q_len: int, k_len: int, group: int) -> int:
-    """``spec.short`` of a call that is faster without a pre-pass over its keys; 0 elsewhere.
+def in_place(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -> int:
+    """``spec.short`` of a call that is faster if its keys become k_hat in shared memory; 0 elsewhere.
 
-    ``group``: query heads to a key head.
+    ``group``: query heads to a key head. ``heads``: key heads of all the batch.
     """
-    limit = next((limit for size, limit in SEEN.items() if max(spec.head_dim, spec.value_dim) <= size), 0)
-    return short_class(spec, k_len) if group * seen_keys(spec, q_len, k_len) <= limit else 0
+    widest = max(spec.head_dim, spec.value_dim)
+    most, seen = next((limits for size, limits in FEW.items() if widest <= size), (0, 0))
+    if heads < FEW_HEADS:
+        most = min(most, FEW_HEADS_KEYS)
+    few = k_len <= most and group * seen_keys(spec, q_len, k_len) <= seen
+    return short_class(spec, k_len) if few else 0
 
 
 def value_columns(spec: KernelSpec) -> list[int]:
@@ -165,5 +194,4 @@ def cuts(spec: KernelSpec) -> dict[str, Any]:
         "wgmma_columns": wgmma_columns(spec),
         "padded": padded,
         "slab_columns": slab_columns,
-        "barrier_bytes": BARRIER_BYTES,
     }

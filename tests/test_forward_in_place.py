@@ -40,6 +40,18 @@ PROBLEMS = [
     Problem(d=80, sq=66, sk=129, batch=5, heads=1),
     Problem(d=96, sq=200, sk=260, causal=True, heads=4, kv_heads=2),  # tiles of keys that only later rows see
     Problem(d=96, sq=197, sk=500, dtype="float16", softmax="online"),
+    # Heads after heads, their k_hat made while the one before is worked on; d 96 and 128 have no room for two.
+    Problem(d=32, sq=500, heads=10, causal=True),
+    Problem(d=64, sq=512, heads=7),
+    Problem(d=64, sq=300, sk=1000, heads=4, causal=True),
+    Problem(d=96, sq=512, heads=4, causal=True),
+    Problem(d=128, sq=512, heads=4, causal=True),
+    Problem(d=128, dv=96, sq=260, sk=256, heads=6, kv_heads=3),
+    Problem(d=112, dv=8, sq=100, sk=70, softmax="online", scale=60.0, dtype="float16"),
+    # More keys than there is room for. A past failure: warpgroups without rows kept all keys until they had seen all.
+    Problem(d=96, sq=200, sk=700),
+    Problem(d=128, sq=130, sk=700, heads=3, causal=True),
+    Problem(d=64, sq=260, sk=1100, heads=1),
 ]
 
 
@@ -53,21 +65,24 @@ def test_results(problem: Problem) -> None:
 
 
 def test_what_is_chosen() -> None:
-    def chosen(d: int, q_len: int, k_len: int, **options: object) -> int:
-        return sized(replace(PLAIN, head_dim=d, value_dim=d, **options), q_len, k_len, heads=1024).short  # type: ignore[arg-type]
+    def chosen(d: int, q_len: int, k_len: int, heads: int = 1024, **options: object) -> int:
+        return sized(replace(PLAIN, head_dim=d, value_dim=d, **options), q_len, k_len, heads=heads).short  # type: ignore[arg-type]
 
-    for d, keys in ((24, 512), (40, 256), (96, 512)):
+    for d, keys in ((24, 1024), (40, 1024), (96, 512), (104, 256)):
         assert chosen(d, 300, keys) == FEW_KEYS
         assert chosen(d, 300, keys + 1) == 0
-        assert chosen(d, 2 * keys, 2 * keys, causal=True) == FEW_KEYS
-        assert chosen(d, 2 * keys + 2, 2 * keys + 2, causal=True) == 0
         assert (
             chosen(d, 300, 200, mask=True)
             == chosen(d, 300, 200, l2norm=False)
             == chosen(d, 300, 200, groups=d // 8)
             == 0
         )
-    assert chosen(104, 300, 200) == 0
+    for d, keys in ((24, 2048), (40, 1024), (96, 1024), (128, 512)):
+        assert chosen(d, keys, keys, causal=True) == FEW_KEYS
+        assert chosen(d, keys + 2, keys + 2, causal=True) == 0
+    assert chosen(40, 1024, 1024, heads=132) == chosen(40, 512, 512, heads=131) == FEW_KEYS
+    assert chosen(40, 1024, 1024, heads=131) == 0  # multiprocessors would share heads
+    assert chosen(136, 300, 200) == 0
     assert sized(PLAIN, 300, 128, group=4).short == FEW_KEYS
     assert sized(PLAIN, 300, 129, group=4).short == 0
     assert chosen(64, 200, 200) == 256  # of the kernels for short sequences
@@ -105,8 +120,8 @@ def test_no_pass_writes_keys() -> None:
 def compiled_specs() -> list[KernelSpec]:
     changes = ({}, {"softmax": "online", "causal": True}, {"dtype": "float16", "causal": True})
     return [
-        replace(FEW, head_dim=d, value_dim=d, **options) for d, options in itertools.product((32, 64, 96), changes)
-    ] + [replace(FEW, head_dim=40, value_dim=96), replace(FEW, head_dim=8, value_dim=8, causal=True)]
+        replace(FEW, head_dim=d, value_dim=d, **options) for d, options in itertools.product((32, 64, 96, 128), changes)
+    ] + [replace(FEW, head_dim=d, value_dim=dv, causal=True) for d, dv in ((40, 96), (8, 8), (128, 32))]
 
 
 @needs_nvcc
@@ -122,20 +137,25 @@ def test_machine_code(spec: KernelSpec, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("d", [32, 64, 96])
 def test_results_are_those_of_the_pass(d: int) -> None:
-    """Keys are rounded to the same k_hat but for ties, as norms are summed in another order."""
+    """Pairs of elements are multiplied in their own type, by factors in two parts: one of some hundreds is rounded to
+    its other neighbour."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 300, d, dtype=torch.bfloat16) for _ in range(3))
     k[0, 1, 70] = 0
     spec = harness.spec_of("forward", q, k, v, arch="sm90")
     with_pass = harness.run_forward(spec, q, k, v)
     in_place = harness.run_forward(replace(spec, short=FEW_KEYS), q, k, v)
+    exact = cosine_attention_reference(*(x.double() for x in (q, k, v)))
     assert relative_error(in_place.out, with_pass.out.double()) < 1e-3
-    assert ((in_place.lse - with_pass.lse).abs() > 1e-5).double().mean() < 0.02
+    assert relative_error(in_place.out, exact) < 1.02 * relative_error(with_pass.out, exact)
+    assert ((in_place.lse - with_pass.lse).abs() > 2e-4).double().mean() < 0.02
     for power in (-30, 59):
         assert torch.equal(harness.run_forward(replace(spec, short=FEW_KEYS), q, k * 2.0**power, v).out, in_place.out)
 
 
-@pytest.mark.parametrize(("d", "dtype"), [(32, torch.bfloat16), (64, torch.bfloat16), (96, torch.float16)])
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(32, torch.bfloat16), (64, torch.bfloat16), (96, torch.float16), (128, torch.bfloat16)]
+)
 def test_what_is_not_finite_stays_with_those_that_see_it(d: int, dtype: torch.dtype) -> None:
     # A past failure: rows that are looked at again, as another's v is not finite, saw keys without their norm.
     torch.manual_seed(0)
@@ -154,22 +174,33 @@ def test_what_is_not_finite_stays_with_those_that_see_it(d: int, dtype: torch.dt
     assert relative_error(out[~broken], clean[~broken].double()) < 1e-3
 
 
-REPEATED = {(d, causal): 512 if causal else 192 if d == 64 else 500 for d in (32, 64, 96) for causal in (False, True)}
-"""Lengths that run again and again, by head dim and whether causal."""
+REPEATED = [
+    (32, False, 500),
+    (32, True, 512),
+    (32, True, 2000),
+    (64, False, 500),
+    (64, True, 512),
+    (64, False, 1000),
+    (96, False, 500),
+    (96, True, 512),
+    (96, True, 1000),
+    (128, False, 250),
+    (128, True, 512),
+]
+"""Head dims, whether causal, and lengths that run again and again."""
 
 
 def test_what_is_repeated_is_of_few_keys() -> None:
-    for (d, causal), length in REPEATED.items():
+    for d, causal, length in REPEATED:
         spec = replace(PLAIN, head_dim=d, value_dim=d, causal=causal)
         assert sized(spec, length, length, heads=800).short == FEW_KEYS
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("d", "causal"), REPEATED)
-def test_results_on_a_gpu_repeat(d: int, causal: bool) -> None:
+@pytest.mark.parametrize(("d", "causal", "length"), REPEATED)
+def test_results_on_a_gpu_repeat(d: int, causal: bool, length: int) -> None:
     torch.manual_seed(0)
-    length, heads = REPEATED[d, causal], 200
-    q, k, v = (torch.randn(4, heads, length, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    q, k, v = (torch.randn(4, 200, length, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     first = cosine_attention(q, k, v, causal=causal)
     for _ in range(20):
         assert torch.equal(cosine_attention(q, k, v, causal=causal), first)

@@ -51,7 +51,7 @@ def assert_tiles_fit(spec: KernelSpec) -> None:
     assert tiles.shared_bytes(spec) <= ARCHS["sm90"].shared_memory, spec.name
     copy, attend = tiles.registers
     warpgroups = 1 + tiles.warpgroups + (tiles.norm_registers > 0)
-    assert (tiles.norm_registers > 0) == (tiles.key_factors or tiles.keys_in_place), spec.name
+    assert (tiles.norm_registers > 0) == tiles.key_factors or tiles.keys_in_place, spec.name
     at_start = 65536 // (128 * warpgroups) // 8 * 8
     # Whoever asks for more registers than there are waits for ever.
     assert copy + tiles.warpgroups * attend + tiles.norm_registers <= warpgroups * at_start, spec.name

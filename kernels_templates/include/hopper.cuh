@@ -82,6 +82,39 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
     return done != 0;
 }
 
+// ---- pairs of elements --------------------------------------------------------------------------------------------
+
+// What pairs are multiplied by: they are rounded once, but for 2^-9 of a unit in the last place.
+template <class T> struct PairFactor;
+template <> struct PairFactor<bf16> {
+    uint32_t high, low;  // their sum is the factor
+
+    __device__ __forceinline__ explicit PairFactor(float factor) : high(pack2<bf16>(factor, factor)) {
+        const float rest = factor - unpack2<bf16>(high).x;
+        low = pack2<bf16>(rest, rest);
+    }
+    __device__ __forceinline__ uint32_t times(uint32_t x) const {
+        uint32_t y;
+        asm("{\n"
+            ".reg .b32 rest;\n"
+            "mul.rn.bf16x2 rest, %1, %3;\n"
+            "fma.rn.bf16x2 %0, %1, %2, rest;\n"
+            "}"
+            : "=r"(y)
+            : "r"(x), "r"(high), "r"(low));
+        return y;
+    }
+};
+template <> struct PairFactor<f16> {
+    float factor;  // may be out of the range of f16
+
+    __device__ __forceinline__ explicit PairFactor(float factor) : factor(factor) {}
+    __device__ __forceinline__ uint32_t times(uint32_t x) const {
+        const float2 y = unpack2<f16>(x);
+        return pack2<f16>(y.x * factor, y.y * factor);
+    }
+};
+
 // ---- the copy engine ----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {

@@ -11,6 +11,12 @@ template <int SIZE> struct Ring {
     }
 };
 
+// The place of what comes so manieth into a ring of 2^n.
+template <int SIZE> __device__ __forceinline__ Ring<SIZE> place_in_ring(int number) {
+    static_assert((SIZE & (SIZE - 1)) == 0, "a power of two");
+    return {number & (SIZE - 1), uint32_t(number / SIZE) & 1};
+}
+
 // One arrival for a warp.
 __device__ __forceinline__ void warp_arrive(uint32_t barrier) {
     __syncwarp();

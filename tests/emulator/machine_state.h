@@ -18,7 +18,7 @@ namespace emulator {
 constexpr int max_threads = 1024;
 constexpr int max_warps = max_threads / 32;
 constexpr int max_barriers = 16;
-constexpr int max_mbarriers = 64;
+constexpr int max_mbarriers = 128;
 constexpr int max_storers = 32;  // threads of a block that issue store_box
 constexpr size_t stack_bytes = 256 * 1024;
 constexpr size_t max_shared = 227 * 1024;

@@ -47,6 +47,30 @@ inline bool mbarrier_test(uint32_t barrier, uint32_t parity, emulator::Site site
     return emulator::mbarrier_test(barrier, parity, site);
 }
 
+// ---- pairs of elements --------------------------------------------------------------------------------------------
+
+template <class T> struct PairFactor;
+template <> struct PairFactor<bf16> {
+    float high, low;
+
+    explicit PairFactor(float factor)
+        : high(emulator::from_bf16(emulator::to_bf16(factor))),
+          low(emulator::from_bf16(emulator::to_bf16(factor - high))) {}
+    uint32_t times(uint32_t x) const {
+        const float2 y = unpack2<bf16>(x), rest = unpack2<bf16>(pack2<bf16>(y.x * low, y.y * low));
+        return pack2<bf16>(fmaf(y.x, high, rest.x), fmaf(y.y, high, rest.y));
+    }
+};
+template <> struct PairFactor<f16> {
+    float factor;
+
+    explicit PairFactor(float factor) : factor(factor) {}
+    uint32_t times(uint32_t x) const {
+        const float2 y = unpack2<f16>(x);
+        return pack2<f16>(y.x * factor, y.y * factor);
+    }
+};
+
 // ---- the copy engine ----------------------------------------------------------------------------------------------
 
 inline void prefetch_map(const TensorMap& map, emulator::Site site = EMULATOR_CALLER) {
