@@ -93,6 +93,9 @@ TARGETS = (
     Target(batch=5, heads=50, kv_heads=50, q_len=200, k_len=250, causal=True),  # backward: a head a block
     Target(batch=2, heads=120, kv_heads=60, head_dim=32, value_dim=32, q_len=250, k_len=300, mask=True),
     Target(batch=4, heads=80, kv_heads=40, head_dim=128, value_dim=128, q_len=200, k_len=270, causal=True),  # dQ apart
+    Target(batch=3, heads=50, kv_heads=50, q_len=520, k_len=400, causal=True),  # forward: heads of keys that stay
+    Target(batch=3, heads=100, kv_heads=50, head_dim=96, value_dim=96, q_len=200, k_len=210),
+    Target(batch=3, heads=50, kv_heads=50, head_dim=128, value_dim=128, q_len=300, k_len=260, causal=True),
 )
 
 
