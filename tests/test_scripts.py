@@ -184,6 +184,9 @@ def test_every_part_of_gpu_check_is_a_command_that_exists() -> None:
         "sanitizer",
         "accuracy",
         "hopper",
+        "today",
+        "flat",
+        "product",
         "speed",
         "windows",
         "short",
@@ -195,6 +198,8 @@ def test_every_part_of_gpu_check_is_a_command_that_exists() -> None:
     for line in lines:
         for word in line.split():
             assert not word.endswith(".py") or Path(word).exists()
+    written = {Path(word).name for line in lines for word in line.split() if word.endswith(".json")}
+    assert {path.name for path in (ROOT / "docs" / "results").glob("*.json")} <= written
 
 
 def test_generated_parts_are_up_to_date() -> None:
