@@ -40,6 +40,10 @@ BLOCK_RESERVED = 1024
 """Bytes of shared memory that the machine keeps of each thread block, beside the most that a block may have."""
 
 
+MULTIPROCESSORS = 132
+"""Of an H200, where choices between kernels were measured: so many heads or tiles are under way at a time."""
+
+
 def pad16(columns: int) -> int:
     """Columns of a tile in shared memory, and of what a product sums into."""
     return (columns + 15) // 16 * 16

@@ -11,7 +11,7 @@ from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import BLOCK_RESERVED, pad16
+from cosattn.tiles import BLOCK_RESERVED, MULTIPROCESSORS, pad16
 from cosattn.tiles_sm90_forward import ALIGNMENT, padded, slab_columns
 
 
@@ -204,7 +204,7 @@ def size_class(spec: KernelSpec, q_len: int, k_len: int) -> int:
     return spec.short if fits else 0
 
 
-FEW_HEADS = 132
+FEW_HEADS = MULTIPROCESSORS
 """With fewer heads in all the batch, launches and the time of one block decide."""
 
 MEASURED: dict[tuple[str, str], dict[int, tuple[int, int]]] = {

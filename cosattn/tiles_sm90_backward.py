@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import pad16, seen_keys
+from cosattn.tiles import MULTIPROCESSORS, pad16, seen_keys
 
 BLOCK_M = 64
 """Queries of a tile."""
@@ -205,8 +205,6 @@ def serves(spec: KernelSpec) -> bool:
 HEAD_ROWS = {32: (512, 1024), 64: (512,)}
 """By the widest head dim: size classes of calls whose blocks take a head each, in rows of queries whose sums of dQ fit
 in shared memory. They are ``spec.short`` of such a call; those of the family ``short`` are smaller."""
-MULTIPROCESSORS = 132
-"""Of an H200: so many heads are under way at a time."""
 
 
 def head_class(spec: KernelSpec, rows: int) -> int:
@@ -273,4 +271,8 @@ def wgmma_columns(spec: KernelSpec) -> list[int]:
 
 def cuts(spec: KernelSpec) -> dict[str, Any]:
     """What the template is given."""
-    return {"tiles": backward_tiles(spec), "wgmma_columns": wgmma_columns(spec)}
+    return {
+        "tiles": backward_tiles(spec),
+        "wgmma_columns": wgmma_columns(spec),
+        "multiprocessors": MULTIPROCESSORS,
+    }

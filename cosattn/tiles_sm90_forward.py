@@ -7,7 +7,7 @@ from typing import Any
 
 from cosattn.arch import ARCHS
 from cosattn.spec import KernelSpec
-from cosattn.tiles import pad16, seen_keys
+from cosattn.tiles import MULTIPROCESSORS, pad16, seen_keys
 
 BARRIER_BYTES = 512
 ALIGNMENT = 1024
@@ -151,8 +151,8 @@ FEW_KEYS = 2048
 FEW = {32: (2048, 1024), 64: (1024, 1024), 96: (1024, 512), 128: (512, 256)}
 """By the widest head dim: that is faster than a pass over the keys, or than factors, for so many keys of which a query
 sees so many on average. Tiles of grouped heads share a pass, so it is worth as many times less to them."""
-FEW_HEADS, FEW_HEADS_KEYS = 132, 512
-"""With fewer key heads, multiprocessors that share one make its k_hat each: up to so many keys."""
+FEW_HEADS_KEYS = 512
+"""With fewer key heads than multiprocessors those that share one make its k_hat each: up to so many keys."""
 
 
 def short_class(spec: KernelSpec, keys: int) -> int:
@@ -168,7 +168,7 @@ def in_place(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -
     """
     widest = max(spec.head_dim, spec.value_dim)
     most, seen = next((limits for size, limits in FEW.items() if widest <= size), (0, 0))
-    if heads < FEW_HEADS:
+    if heads < MULTIPROCESSORS:
         most = min(most, FEW_HEADS_KEYS)
     few = k_len <= most and group * seen_keys(spec, q_len, k_len) <= seen
     return short_class(spec, k_len) if few else 0

@@ -21,7 +21,8 @@ from cosattn.families import family_of, sized
 from cosattn.reference import cosine_attention_reference
 from cosattn.render import render
 from cosattn.spec import KernelSpec
-from cosattn.tiles_sm90_backward import MULTIPROCESSORS, backward_tiles, by_head, head_class
+from cosattn.tiles import MULTIPROCESSORS
+from cosattn.tiles_sm90_backward import backward_tiles, by_head, head_class
 
 PLAIN = KernelSpec("backward", "sm90", "bfloat16", 64, 64)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -200,6 +201,31 @@ def test_every_part_of_gpu_check_is_a_command_that_exists() -> None:
             assert not word.endswith(".py") or Path(word).exists()
     written = {Path(word).name for line in lines for word in line.split() if word.endswith(".json")}
     assert {path.name for path in (ROOT / "docs" / "results").glob("*.json")} <= written
+
+
+def test_versions_are_compared_in_one_process(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for folder in ("cosattn", "kernels_templates"):
+        shutil.copytree(ROOT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    wrong = other / "cosattn" / "cpu.py"
+    doubled = """
+right = forward
+
+
+def forward(*tensors, **options):
+    out, lse = right(*tensors, **options)
+    return 2 * out, lse
+"""
+    wrong.write_text(wrong.read_text() + doubled)
+    small = ["--device", "cpu", "--dtype", "float32", "--head-dim", 16, "--seq-len", 32, "--heads", 2, "--budget", 0.01]
+    lines = run("scripts/compare.py", "--with", f"other={other}", f"same={ROOT}", "--full-only", *small).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[0] == "d 16 S 32 h 2"
+    assert len(cells) == 7
+    assert float(cells[4]) < 1e-5 < float(cells[5])
+    assert cells[6] == cells[4]
+    command = [sys.executable, "scripts/compare.py", "--with", "x=/nowhere"]
+    assert "NAME=DIR" in subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stderr
 
 
 def test_generated_parts_are_up_to_date() -> None:
