@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 import types
@@ -115,6 +116,18 @@ RIVALS: dict[str, Callable[[], Rival]] = {
     "fa4": lambda: flash_rival("FA4", "flash_attn.cute", "flash-attn-4", backward=True),
     "flash": lambda: sdpa_rival("FA2", "flash"),
 }
+
+
+def rival_names(text: str) -> list[str]:
+    """What a command line's comma-separated list names; '' for none.
+
+    Raises:
+        argparse.ArgumentTypeError: a name is not one of ``RIVALS``.
+    """
+    names = [name for name in text.split(",") if name]
+    if unknown := set(names) - set(RIVALS):
+        raise argparse.ArgumentTypeError(f"takes some of {','.join(RIVALS)}, not {','.join(sorted(unknown))}")
+    return names
 
 
 def load_rivals(keys: Sequence[str]) -> tuple[list[Rival], dict[str, str]]:

@@ -26,10 +26,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
-from baselines import RIVALS, Rival, load_rivals
+from baselines import RIVALS, load_rivals, rival_names
 from cases import SCALE, Case, Inputs, make_inputs
-from hopper import square_case
+from hopper import bare_works, grid
 from torch import Tensor
 
 import cosattn
@@ -66,12 +65,6 @@ def work_of(module: ModuleType, case: Case, x: Inputs) -> Callable[[], object]:
     return directions(
         lambda: module.cosine_attention(x.q, x.k, x.v, scale=SCALE, causal=case.causal), x.all, case.direction
     )
-
-
-def rival_work(rival: Rival, case: Case, x: Inputs) -> Callable[[], object]:
-    """A rival's side of a case, without the norm."""
-    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
-    return directions(lambda: rival.attention(q, k, x.v, SCALE, case.causal), [q, k, x.v], case.direction)
 
 
 def tensors(result: object) -> list[Tensor]:
@@ -112,13 +105,8 @@ def verdicts(case: Case, x: Inputs, versions: dict[str, ModuleType]) -> list[str
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Every combination of the command line: 16k tokens of hidden size 2048, or so many heads of one sequence."""
-    found = []
-    for head_dim in args.head_dim:
-        for length in args.seq_len:
-            for causal in [False] * (not args.causal_only) + [True] * (not args.full_only):
-                case = replace(square_case(head_dim, length, causal, args.direction), dtype=args.dtype)
-                found.append(replace(case, batch=1, heads=args.heads) if args.heads else case)
-    return found
+    found = [replace(case, dtype=args.dtype) for case in grid(args, args.seq_len, args.direction)]
+    return [replace(case, batch=1, heads=args.heads) for case in found] if args.heads else found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,13 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
     p.add_argument("--seq-len", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     p.add_argument("--heads", type=int, help="of one sequence, instead of 16k tokens of hidden size 2048")
-    p.add_argument("--direction", choices=["forward", "backward", "both"], default="forward")
+    p.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], default=["forward"])
     only = p.add_mutually_exclusive_group()
     only.add_argument("--causal-only", action="store_true")
     only.add_argument("--full-only", action="store_true")
     p.add_argument(
         "--rivals",
-        type=lambda text: [name for name in text.split(",") if name],
+        type=rival_names,
         default=[],
         help=f"of {','.join(RIVALS)}; what can not be imported is left out",
     )
@@ -146,7 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rivals, missing = load_rivals(args.rivals)
     if missing:
         print(f"missing: {missing}")
-    rivals = [rival for rival in rivals if rival.backward or args.direction == "forward"]
     stopwatch = Stopwatch(device, budget_s=args.budget)
     with tempfile.TemporaryDirectory() as folder:
         versions = {HERE: cosattn}
@@ -162,21 +149,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with ThreadPoolExecutor(BUILDERS if device.type == "cuda" else 1) as builders:
             list(builders.map(build, [(module, case) for case in cases for module in versions.values()]))
+        names = [*versions, *(rival.name for rival in rivals)]
         lines, failed = [], False
         for case in cases:
             x = make_inputs(case, device, heads_last=True)
             contenders = {name: work_of(module, case, x) for name, module in versions.items()}
-            contenders |= {rival.name: rival_work(rival, case, x) for rival in rivals}
+            contenders |= bare_works(case, x, rivals)
             said = verdicts(case, x, versions)
             time.sleep(REST_S)
             timings = stopwatch.compare(contenders)
             failed |= any(timings[name].milliseconds is None for name in versions)
-            times = ["-" if t.milliseconds is None else f"{t.milliseconds * 1e3:.1f}" for t in timings.values()]
-            label = f"d {case.head_dim} S {case.seq_len} h {case.heads}{' causal' * case.causal}"
-            lines.append([label, *times, *said])
+            times = {name: f"{t.milliseconds * 1e3:.1f}" for name, t in timings.items() if t.milliseconds is not None}
+            lines.append([case.label, *(times.get(name, "-") for name in names), *said])
             print(" ".join(lines[-1]), file=sys.stderr, flush=True)
-        heads = [f"{name}, us" for name in (*versions, *(rival.name for rival in rivals))]
-        print(table([f"{args.dtype} {args.direction}", *heads, *versions], lines))
+        print(table(["case", *(f"{name}, us" for name in names), *versions], lines))
     return int(failed)
 
 

@@ -94,13 +94,7 @@ def product_cases(args: argparse.Namespace) -> list[Case]:
 def run_hopper(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
     """Ours with the L2 norm, theirs on inputs normalised beforehand; tensors stored (B, S, H, D)."""
     x = make_inputs(case, stopwatch.device, heads_last=True)
-    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
-
-    def theirs(rival: Rival) -> Callable[[], object]:
-        inputs = (q, k, x.v)
-        return directions(lambda: rival.attention(*inputs, SCALE, case.causal), inputs, case.direction)
-
-    return compare(case, x, stopwatch, {rival.name: theirs(rival) for rival in able(rivals, case)})
+    return compare(case, x, stopwatch, bare_works(case, x, rivals))
 
 
 def run_today(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
@@ -139,6 +133,17 @@ def run_product(case: Case, stopwatch: Stopwatch) -> Row:
         ratio = operations(case) / (2 * PRODUCT_SIZE**3)
         timings[PRODUCT] = replace(product, milliseconds=product.milliseconds * ratio)
     return row_of(case, timings)
+
+
+def bare_works(case: Case, x: Inputs, rivals: Iterable[Rival]) -> dict[str, Callable[[], object]]:
+    """The side of each rival that is able, on inputs normalised beforehand."""
+    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
+
+    def theirs(rival: Rival) -> Callable[[], object]:
+        inputs = (q, k, x.v)
+        return directions(lambda: rival.attention(*inputs, SCALE, case.causal), inputs, case.direction)
+
+    return {rival.name: theirs(rival) for rival in able(rivals, case)}
 
 
 def able(rivals: Iterable[Rival], case: Case) -> list[Rival]:

@@ -220,7 +220,7 @@ def forward(*tensors, **options):
     small = ["--device", "cpu", "--dtype", "float32", "--head-dim", 16, "--seq-len", 32, "--heads", 2, "--budget", 0.01]
     lines = run("scripts/compare.py", "--with", f"other={other}", f"same={ROOT}", "--full-only", *small).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells[0] == "d 16 S 32 h 2"
+    assert cells[0] == "float32 b1 h2 d16 S32 forward"
     assert len(cells) == 7
     assert float(cells[4]) < 1e-5 < float(cells[5])
     assert cells[6] == cells[4]
