@@ -442,7 +442,7 @@ TIMED: dict[str, Suite] = {
     "short": Suite(short_cases, run_short, budget_s=0.015, least=5),
     "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True),
     "today": GRID(hopper.today_cases, hopper.run_today, rivals=True),
-    "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3),
+    "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3, heat_s=1.5),
     "product": GRID(hopper.product_cases, hopper.run_product),
 }
 OTHER: dict[str, Callable[[torch.device], Iterator[dict[str, Any]]]] = {"memory": run_memory, "host": run_host}

@@ -33,6 +33,7 @@ from cosattn.spec import HEAD_DIMS, Direction, DType, KernelSpec
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 OURS = "cosattn"
+DID_NOT_RUN = "did not run"
 Result = dict[str, Any]
 
 
@@ -134,7 +135,7 @@ def shown(row: Result, name: str) -> str:
     if timing is None:
         return "-"
     if timing["milliseconds"] is None:
-        return "out of memory" if timing["note"] == "out of memory" else "did not run"
+        return "out of memory" if timing["note"] == "out of memory" else DID_NOT_RUN
     return f"{timing['milliseconds']:.3g}"
 
 
@@ -436,10 +437,12 @@ def tables_block(results: Results, variants: Callable[[str], bool] = lambda vari
     result = results.get("tables")
     if result is None:
         return missing("tables")
-    names = list(dict.fromkeys(name for row in result["rows"] for name in row["timings"]))
+    rows = result["rows"]
+    named = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+    names = [name for name in named if any(shown(row, name) != DID_NOT_RUN for row in rows)]
     others = [name for name in names if name != OURS]
     parts = []
-    for variant in dict.fromkeys(variant_of(row["case"]) for row in result["rows"]):
+    for variant in dict.fromkeys(variant_of(row["case"]) for row in rows):
         if not variants(variant):
             continue
         lines = []
@@ -453,6 +456,8 @@ def tables_block(results: Results, variants: Callable[[str], bool] = lambda vari
         f"Batch {case['batch']}, heads {case['heads']}, d {case['head_dim']}; every column includes its L2 norm; in "
     )
     shape += "brackets how many times longer than cosattn. "
+    if absent := [name for name in named if name not in names]:
+        shape += f"Not measured: {', '.join(absent)}. "
     return "\n\n".join([*parts, shape + machine(result), *results.plot("tables", "milliseconds over length")])
 
 

@@ -261,6 +261,32 @@ def test_few_tiles_of_few_keys_are_one_launch(heads: int, keys: int, causal: boo
     assert relative_error(result.out, expected) < 5e-3
 
 
+@pytest.mark.parametrize(("d", "heads"), [(104, 6), (136, 13)])
+def test_heads_of_long_sequences_come_in_waves(d: int, heads: int) -> None:
+    """Three heads fill the emulator: six are a pair of waves, and of thirteen the first three are a wave."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, length, d, dtype=torch.bfloat16) for length in (40, 4100, 4100))
+    spec = harness.spec_of("forward", q, k, v, arch="sm90", causal=True)
+    out = harness.run_forward(spec, q, k, v).out
+    expected = cosine_attention_reference(q.double(), k.double(), v.double(), causal=True)
+    assert relative_error(out, expected) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("d", "heads", "length"), [(128, 4, 8192), (256, 7, 4200), (64, 5, 4096)])
+def test_long_causal_heads(d: int, heads: int, length: int) -> None:
+    """More tiles than a GPU has multiprocessors, whole waves of them and not."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    out = cosine_attention(q, k, v, causal=True)
+    assert all(torch.equal(cosine_attention(q, k, v, causal=True), out) for _ in range(3))
+    for b in range(2):
+        exact = cosine_attention_reference(
+            q[b : b + 1].double(), k[b : b + 1].double(), v[b : b + 1].double(), causal=True
+        )
+        assert relative_error(out[b : b + 1], exact) < 5e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("d", [128, 256])
 def test_blocks_of_many_keys_begin_anywhere(d: int) -> None:
