@@ -180,8 +180,14 @@ def absent_and_machine(result: Result) -> str:
     return absent + machine(result)
 
 
+def versions(result: Result) -> dict[str, str]:
+    """Rivals that took part, as they or compiled with what is before them; FA3 has no backward."""
+    ran = {name.partition(", ")[0] for row in result["rows"] for name in row["timings"]}
+    return {name: version for name, version in result["rivals"].items() if name in ran}
+
+
 def hopper_note(result: Result) -> str:
-    rivals = ", ".join(f"{name} is {version}" for name, version in result["rivals"].items())
+    rivals = ", ".join(f"{name} is {version}" for name, version in versions(result).items())
     return (
         "cosattn's figures include its L2 norm; the others get normalised inputs. "
         f"{rivals}. {absent_and_machine(result)}"
@@ -245,7 +251,7 @@ def by_length(direction: str, result: Result) -> tuple[str, str]:
         if any(causal in rows for (size, _), rows in sizes.items() if size == d)
     ]
     means = ", ".join(f"{line[0].removeprefix(f'{direction}, ')} {line[2]}" for line in summary_rows(rows))
-    note = f"In brackets: times the best of {', '.join(result['rivals'])}; geometric means: {means}."
+    note = f"In brackets: times the best of {', '.join(versions({**result, 'rows': rows}))}; geometric means: {means}."
     return table([f"{direction}, TFLOP/s", *(f"S {length}" for length in lengths)], lines), note
 
 
