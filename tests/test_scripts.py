@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ import hopper
 import short_sequences
 import tables
 from baselines import Rival, load_rivals, sdpa_rival
-from cases import Case
+from cases import Case, make_inputs
 
 from cosattn.bench import SDPA_BACKENDS, Stopwatch, Timing
 
@@ -408,6 +409,24 @@ def test_the_compiled_rivals_compute_the_same(monkeypatch: pytest.MonkeyPatch) -
     hopper.run_today(SMALL_CASE, Stopwatch(CPU), [math, replace(math, name="norm alone", compiles=False)])
     whole, norm = results.values()
     assert torch.allclose(whole, norm, atol=1e-5)
+
+
+def test_what_is_compiled_ahead_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters as compiler
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    rival = sdpa_rival("whole", "math")
+    hopper.compile_today(SMALL_CASE, CPU, lambda: rival)
+    compiler.clear()
+    works = hopper.compiled_works(SMALL_CASE, make_inputs(SMALL_CASE, CPU, heads_last=True), [rival])
+    works["whole, compiled"]()
+    found = compiler["inductor"]
+    assert (found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]) == (1, 0)
+
+
+def test_work_in_processes_says_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.in_processes(math.sqrt, [4.0, -1.0], str) > 0
+    assert capsys.readouterr().out == "-1.0 failed: math domain error\n"
 
 
 def test_a_suite_stops_when_the_gpu_no_longer_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
