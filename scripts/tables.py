@@ -284,6 +284,39 @@ def product_block(results: Results) -> str:
     return "\n\n".join([lines, note, *results.plot("product", "TFLOP/s over length")])
 
 
+def flat_block(results: Results) -> str:
+    """cosattn alone on very long sequences."""
+    result = results.get("flat")
+    if result is None:
+        return missing("flat")
+    lines, _ = by_length("forward", {**result, "rivals": {}})
+    return "\n\n".join([lines, machine(result), *results.plot("flat", "TFLOP/s over length")])
+
+
+def headline_block(results: Results) -> str:
+    """The grids' geometric means and the training speed, in sentences; empty before they are measured."""
+    grids = hopper_results(results)
+    parts = []
+    for direction in dict.fromkeys(direction for direction, _, _ in grids):
+        rows = [row for found, _, result in grids if found == direction for row in result["rows"]]
+        groups = [line for line in summary_rows(rows) if not line[0].endswith(", all")]
+        means = [f"{float(mean[:-1]):.2f}× at {name.removeprefix(f'{direction}, ')}" for name, _, mean, *_ in groups]
+        parts.append(f"{direction} {', '.join(means)}")
+    sentences = []
+    if parts:
+        first = grids[0][2]
+        against = f"Speed on an {first['environment']['gpu']} in bfloat16, as a multiple of the best of "
+        against += (
+            f"{', '.join(versions(first))} (geometric means over lengths from 512 on; cosattn's L2 norm is in its "
+        )
+        sentences.append(f"{against}time, theirs was done beforehand): {'; '.join(parts)}.")
+    speeds = {name: run["tokens_per_second"] for name, run in train_runs(results).items()}
+    if speeds.get(OURS) and speeds.get("sdpa"):
+        gain = f"{speeds[OURS] / speeds['sdpa']:.2f}× as fast as with normalise + SDPA"
+        sentences.append(f"A small language model on contexts of 8192 bytes trains {gain}.")
+    return "\n".join(sentences)
+
+
 def windows_block(results: Results) -> str:
     """Windows with bias and mask, against the better of eager and compiled."""
     result = results.get("windows")
@@ -509,6 +542,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "hopper-short": hopper_short_block,
     "today": today_block,
     "product": product_block,
+    "flat": flat_block,
+    "headline": headline_block,
     "windows": windows_block,
     "short-sequences": short_sequences_block,
     "short-sequences-most-heads": few_short_sequences_block,

@@ -475,6 +475,19 @@ def test_the_tables_of_a_grid(tmp_path: Path) -> None:
         assert line in text
     assert "| d 64 | 400 (1.25×) |" in text[text.index("| both, TFLOP/s | S 512 |") :]
 
+    page.write_text("<!-- begin headline -->\n\n<!-- end headline -->\n")
+    train = {"tokens_per_second": 100.0, "curve": []}
+    for name, speed in (("cosattn", 150.0), ("sdpa", 100.0), ("plain", None)):
+        (results / f"train-{name}.json").write_text(json.dumps(train | {"tokens_per_second": speed}))
+    run("scripts/tables.py", "--results", results, page)
+    assert ": forward 1.00× at d ≤ 64, 1.00× at d 128.\n" in page.read_text()
+    assert "trains 1.50× as fast" in page.read_text()
+
+    page.write_text("<!-- begin flat -->\n\n<!-- end flat -->\n")
+    (results / "flat.json").write_text(json.dumps({"environment": facts, "rows": [grid_row(128, 1 << 20, 700.0)]}))
+    run("scripts/tables.py", "--results", results, page)
+    assert "| d 128 | 700 |" in re.sub(" +", " ", page.read_text())
+
     page.write_text("<!-- begin product -->\n\n<!-- end product -->\n")
     product = {"suite": "product", "environment": facts, "rows": [grid_row(128, 8192, 700.0, product=750.0)]}
     (results / "product.json").write_text(json.dumps(product))
