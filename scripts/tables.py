@@ -528,7 +528,8 @@ def train_block(results: Results) -> str:
     first = next(iter(runs.values()))
     c = first["config"]
     model = f"Depth {c['depth']}, dim {c['dim']}, {c['heads']} heads of {c['head_dim']}, {c['groups']} groups, "
-    model += f"batch {c['batch']} × {c['seq_len']} bytes, {c['dtype']}; same seed, data and steps. "
+    model += f"batch {c['batch']} × {c['seq_len']} bytes, {c['dtype']}, {'' if c['compile'] else 'not '}compiled; "
+    model += "same seed, data and steps. "
     image = Path(os.path.relpath(results.folder, results.page.parent)).as_posix()
     plot = f"![validation loss]({image}/train.svg)"
     return "\n\n".join([table(["", *runs], lines), model + machine(first), plot])
