@@ -438,7 +438,7 @@ class Suite:
     least: int = 5
     most: int = 50
     heat_s: float = 0.0
-    ahead: Callable[[Case], None] | None = None
+    ahead: Callable[[Case, torch.device], None] | None = None
     """Leaves in a cache what ``run`` would compile of a case one after another."""
 
 
@@ -476,8 +476,8 @@ def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         result["prebuild_s"] = prebuild(needed_specs(cases, device))
         print(f"kernels ready after {result['prebuild_s']:.1f} s", flush=True)
-        if suite.ahead is not None:
-            result["ahead_s"] = in_processes(suite.ahead, cases, lambda case: case.label)
+        if suite.ahead is not None and result["rivals"]:
+            result["ahead_s"] = in_processes(partial(suite.ahead, device=device), cases, lambda case: case.label)
             print(f"the others compiled after {result['ahead_s']:.1f} s", flush=True)
     stopwatch = Stopwatch(
         device,

@@ -103,10 +103,7 @@ def run_today(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
     return compare(case, x, stopwatch, compiled_works(case, x, rivals))
 
 
-CUDA = torch.device("cuda")
-
-
-def compile_today(case: Case, device: torch.device = CUDA, rival: Callable[[], Rival] = RIVALS["cudnn"]) -> None:
+def compile_today(case: Case, device: torch.device, rival: Callable[[], Rival] = RIVALS["cudnn"]) -> None:
     """Leave in the compiler's cache what ``run_today`` compiles of a case: a rival, and the normalisation alone."""
     x, whole = make_inputs(case, device, heads_last=True), rival()
     for work in compiled_works(case, x, [whole, replace(whole, name="norm alone", compiles=False)]).values():

@@ -305,11 +305,11 @@ def headline_block(results: Results) -> str:
     sentences = []
     if parts:
         first = grids[0][2]
-        against = f"Speed on an {first['environment']['gpu']} in bfloat16, as a multiple of the best of "
-        against += (
-            f"{', '.join(versions(first))} (geometric means over lengths from 512 on; cosattn's L2 norm is in its "
+        speed = f"Speed on an {first['environment']['gpu']} in bfloat16, as a multiple of the best of "
+        condition = (
+            "geometric means over lengths from 512 on; cosattn's L2 norm is in its time, theirs was done beforehand"
         )
-        sentences.append(f"{against}time, theirs was done beforehand): {'; '.join(parts)}.")
+        sentences.append(f"{speed}{', '.join(versions(first))} ({condition}): {'; '.join(parts)}.")
     speeds = {name: run["tokens_per_second"] for name, run in train_runs(results).items()}
     if speeds.get(OURS) and speeds.get("sdpa"):
         gain = f"{speeds[OURS] / speeds['sdpa']:.2f}× as fast as with normalise + SDPA"

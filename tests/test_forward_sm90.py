@@ -281,9 +281,7 @@ def test_long_causal_heads(d: int, heads: int, length: int) -> None:
     out = cosine_attention(q, k, v, causal=True)
     assert all(torch.equal(cosine_attention(q, k, v, causal=True), out) for _ in range(3))
     for b in range(2):
-        exact = cosine_attention_reference(
-            q[b : b + 1].double(), k[b : b + 1].double(), v[b : b + 1].double(), causal=True
-        )
+        exact = cosine_attention_reference(*(x[b : b + 1].double() for x in (q, k, v)), causal=True)
         assert relative_error(out[b : b + 1], exact) < 5e-3
 
 
