@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from cosattn import tiles_short, tiles_sm90_backward, tiles_sm90_forward, tiles_split
@@ -54,7 +55,12 @@ def sized(spec: KernelSpec, q_len: int, k_len: int, group: int = 1, heads: int =
 
 
 SHORT_CLASSES_SM90 = sorted(
-    {tiles_sm90_forward.FEW_KEYS, tiles_sm90_backward.APART_KEYS}.union(*tiles_sm90_backward.HEAD_ROWS.values())
+    {
+        tiles_sm90_forward.FEW_KEYS,
+        tiles_sm90_forward.FEWER_KEYS,
+        tiles_sm90_backward.APART_KEYS,
+        *itertools.chain.from_iterable(tiles_sm90_backward.HEAD_ROWS.values()),
+    }
 )
 """Values of ``spec.short`` that name sm90 kernels: few, and larger than those of the kernels for short sequences."""
 

@@ -62,7 +62,7 @@ class ForwardTiles:
     @property
     def barrier_bytes(self) -> int:
         """Room for barriers and for what is known of tiles."""
-        return 2 * BARRIER_BYTES if self.keys_in_place else BARRIER_BYTES
+        return 2 * BARRIER_BYTES if self.keys_in_place or self.stages > 4 else BARRIER_BYTES
 
     @property
     def block_m(self) -> int:
@@ -115,11 +115,15 @@ def _forward_candidates(spec: KernelSpec) -> list[ForwardTiles]:
     widest = max(spec.head_dim, spec.value_dim)
     if spec.short:
         if widest <= 32:
-            return [ForwardTiles(3, 128, 4, 2, polynomial=1, few_key_stages=16)]
+            if spec.dtype == "float16":  # the norms of its keys need more registers
+                return [ForwardTiles(3, 128, 4, 2, polynomial=1, few_key_stages=16)]
+            return [ForwardTiles(4, 64, 4, 2, polynomial=1, output_parts=0, few_key_stages=16)]
         if widest <= 64:
             return [ForwardTiles(4, 64, 4, 2, output_parts=0, few_key_stages=16)]
         if widest <= 96:
             return [ForwardTiles(3, 64, 4, 2, output_parts=0, few_key_stages=8, norm_registers=40)]
+        if spec.short == FEWER_KEYS:
+            return [ForwardTiles(2, 64, 4, 2, few_key_stages=4, norm_registers=56)]
         parts = 2 - padded(spec.value_dim) // slab_columns(spec.value_dim) % 2
         return [ForwardTiles(2, 64, 3, 1, output_parts=parts, few_key_stages=8, norm_registers=56)]
     if spec.bias is not None:  # it takes as many registers as the logits
@@ -148,6 +152,9 @@ def serves(spec: KernelSpec) -> bool:
 
 FEW_KEYS = 2048
 """``spec.short`` of calls of few keys, head dims up to 128, that become k_hat in shared memory: up to so many keys."""
+FEWER_KEYS = 257
+"""The same above head dim 96, where 256 leave room for a second tile of queries. One more, because up to 256 are the
+classes of the kernels for short sequences."""
 FEW = {32: (2048, 1024), 64: (1024, 1024), 96: (1024, 512), 128: (512, 256)}
 """By the widest head dim: that is faster than a pass over the keys, or than factors, for so many keys of which a query
 sees so many on average. Tiles of grouped heads share a pass, so it is worth as many times less to them."""
@@ -158,7 +165,10 @@ FEW_HEADS_KEYS = 512
 def short_class(spec: KernelSpec, keys: int) -> int:
     """``spec.short`` of a call with so many keys that can become k_hat in shared memory; 0 else."""
     able = spec.direction == "forward" and spec.arch == "sm90" and not spec.pair_mask and serves(spec) and _plain(spec)
-    return FEW_KEYS if able and max(spec.head_dim, spec.value_dim) <= max(FEW) and keys <= FEW_KEYS else 0
+    widest = max(spec.head_dim, spec.value_dim)
+    if not able or widest > max(FEW) or keys > FEW_KEYS:
+        return 0
+    return FEWER_KEYS if widest > 96 and keys <= FEWER_KEYS else FEW_KEYS
 
 
 def in_place(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -> int:
@@ -170,8 +180,10 @@ def in_place(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -
     most, seen = next((limits for size, limits in FEW.items() if widest <= size), (0, 0))
     if heads < MULTIPROCESSORS:
         most = min(most, FEW_HEADS_KEYS)
-    few = k_len <= most and group * seen_keys(spec, q_len, k_len) <= seen
-    return short_class(spec, k_len) if few else 0
+    if k_len > most or group * seen_keys(spec, q_len, k_len) > seen:
+        return 0
+    fewer = heads >= MULTIPROCESSORS and k_len < FEWER_KEYS  # with few heads a block has no second tile
+    return short_class(spec, k_len if fewer else FEW_KEYS)
 
 
 def value_columns(spec: KernelSpec) -> list[int]:

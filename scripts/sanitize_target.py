@@ -96,6 +96,12 @@ TARGETS = (
     Target(batch=3, heads=50, kv_heads=50, q_len=520, k_len=400, causal=True),  # forward: heads of keys that stay
     Target(batch=3, heads=100, kv_heads=50, head_dim=96, value_dim=96, q_len=200, k_len=210),
     Target(batch=3, heads=50, kv_heads=50, head_dim=128, value_dim=128, q_len=300, k_len=260, causal=True),
+    Target(batch=3, heads=50, kv_heads=50, head_dim=32, value_dim=32, q_len=300, k_len=500, causal=True),
+    Target(batch=1, heads=3, kv_heads=3, q_len=300, k_len=4200, lse=True),  # forward: tiles in parts
+    Target(batch=1, head_dim=128, value_dim=128, q_len=200, k_len=3000),
+    Target(batch=1, head_dim=256, value_dim=256, q_len=200, k_len=2900),
+    Target(heads=4, kv_heads=4, head_dim=96, value_dim=96, q_len=333, k_len=333, causal=True),  # backward: tiles passed
+    Target(heads=4, kv_heads=4, head_dim=128, value_dim=128, q_len=333, k_len=333, causal=True),
 )
 
 

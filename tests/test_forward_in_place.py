@@ -21,7 +21,7 @@ from cosattn.families import family_of, sized
 from cosattn.reference import cosine_attention_reference
 from cosattn.render import render
 from cosattn.spec import KernelSpec
-from cosattn.tiles_sm90_forward import FEW_KEYS, forward_tiles, short_class
+from cosattn.tiles_sm90_forward import FEW_KEYS, FEWER_KEYS, forward_tiles, short_class
 
 PLAIN = KernelSpec("forward", "sm90", "bfloat16", 96, 96)
 FEW = replace(PLAIN, short=FEW_KEYS)
@@ -48,6 +48,11 @@ PROBLEMS = [
     Problem(d=128, sq=512, heads=4, causal=True),
     Problem(d=128, dv=96, sq=260, sk=256, heads=6, kv_heads=3),
     Problem(d=112, dv=8, sq=100, sk=70, softmax="online", scale=60.0, dtype="float16"),
+    Problem(d=128, sq=300, sk=256, heads=7, batch=1),  # two tiles of queries at a time
+    Problem(d=128, sq=256, heads=5, causal=True),
+    Problem(d=32, sq=600, sk=500, heads=5, dtype="float16"),
+    Problem(d=24, dv=128, sq=150, sk=200),  # a past failure: more threads made k_hat than a tile has keys
+    Problem(d=16, dv=72, sq=100, sk=200, causal=True, dtype="float16"),
     # More keys than there is room for. A past failure: warpgroups without rows kept all keys until they had seen all.
     Problem(d=96, sq=200, sk=700),
     Problem(d=128, sq=130, sk=700, heads=3, causal=True),
@@ -59,7 +64,8 @@ PROBLEMS = [
 def test_results(problem: Problem) -> None:
     problem = replace(problem, arch="sm90", in_place=True)
     forward, _ = specs(problem)
-    assert forward.short == FEW_KEYS
+    wide, keys = max(forward.head_dim, forward.value_dim) > 96, problem.sk or problem.sq
+    assert forward.short == (FEWER_KEYS if wide and keys <= FEWER_KEYS else FEW_KEYS)
     assert family_of(forward) == "sm90"
     check(problem)
 
@@ -69,7 +75,7 @@ def test_what_is_chosen() -> None:
         return sized(replace(PLAIN, head_dim=d, value_dim=d, **options), q_len, k_len, heads=heads).short  # type: ignore[arg-type]
 
     for d, keys in ((24, 1024), (40, 1024), (96, 512), (104, 256)):
-        assert chosen(d, 300, keys) == FEW_KEYS
+        assert chosen(d, 300, keys) == (FEW_KEYS if d <= 96 else FEWER_KEYS)
         assert chosen(d, 300, keys + 1) == 0
         assert (
             chosen(d, 300, 200, mask=True)
@@ -83,9 +89,13 @@ def test_what_is_chosen() -> None:
     assert chosen(40, 1024, 1024, heads=132) == chosen(40, 512, 512, heads=131) == FEW_KEYS
     assert chosen(40, 1024, 1024, heads=131) == 0  # multiprocessors would share heads
     assert chosen(136, 300, 200) == 0
+    assert chosen(128, 256, 256, causal=True) == FEWER_KEYS
+    assert chosen(128, 257, 257, causal=True) == chosen(128, 300, 256, heads=131) == FEW_KEYS
     assert sized(PLAIN, 300, 128, group=4).short == FEW_KEYS
     assert sized(PLAIN, 300, 129, group=4).short == 0
-    assert chosen(64, 200, 200) == 256  # of the kernels for short sequences
+    assert chosen(64, 200, 200, heads=64) == 256  # of the kernels for short sequences
+    assert chosen(64, 129, 129) == chosen(32, 193, 193) == FEW_KEYS
+    assert chosen(128, 65, 65) == FEWER_KEYS
     for other in (
         {"bias": "float32"},
         {"pair_mask": True},
@@ -123,8 +133,10 @@ def compiled_specs() -> list[KernelSpec]:
         replace(FEW, head_dim=d, value_dim=d, causal=causal, **options)
         for d, causal, options in itertools.product((8, 32, 64, 96, 128), (False, True), changes)
     ]
-    unequal = ((40, 96), (96, 64), (128, 32))
-    return found + [replace(FEW, head_dim=d, value_dim=dv, causal=d == 96) for d, dv in unequal]
+    unequal = ((40, 96), (96, 64), (128, 32), (8, 128), (32, 96))
+    found += [replace(FEW, head_dim=d, value_dim=dv, causal=d == 96) for d, dv in unequal]
+    fewer = [replace(spec, short=FEWER_KEYS) for spec in found if max(spec.head_dim, spec.value_dim) > 96]
+    return found + fewer
 
 
 @needs_nvcc
@@ -198,7 +210,7 @@ REPEATED = [
 def test_what_is_repeated_is_of_few_keys() -> None:
     for d, causal, length in REPEATED:
         spec = replace(PLAIN, head_dim=d, value_dim=d, causal=causal)
-        assert sized(spec, length, length, heads=800).short == FEW_KEYS
+        assert sized(spec, length, length, heads=800).short == (FEWER_KEYS if (d, length) == (128, 250) else FEW_KEYS)
 
 
 @pytest.mark.gpu

@@ -194,11 +194,57 @@ def test_any_order_of_threads_and_blocks(seed: int) -> None:
         check_forward(Problem(d=d, sq=330, sk=300, causal=True, heads=3, batch=1, arch="sm90"), seed)
 
 
-def test_the_same_bits_in_any_order() -> None:
-    problem = Problem(d=64, sq=600, sk=300, causal=True, arch="sm90")
+@pytest.mark.parametrize(
+    "problem", [Problem(d=64, sq=600, sk=300, causal=True), Problem(d=128, sq=130, sk=2300, batch=1)], ids=str
+)
+def test_the_same_bits_in_any_order(problem: Problem) -> None:
+    problem = replace(problem, arch="sm90")
     t, spec = tensors_of(problem), next(specs(problem))
     first, *others = (harness.run_forward(spec, t.q, t.k, t.v, seed=seed).out for seed in range(4))
     assert all(torch.equal(first, other) for other in others)
+
+
+IN_PARTS = [
+    (Problem(d=64, sq=300, sk=2500, batch=1), 3),  # a tile too many for whole rounds of the emulator's three blocks
+    (Problem(d=64, sq=100, sk=2000, heads=1, batch=1), 3),  # parts only, and rows that are not there
+    (Problem(d=32, sq=200, sk=3000, heads=1), 3),
+    (Problem(d=96, sq=250, sk=2001, batch=1, strided=True), 3),
+    (Problem(d=128, sq=250, sk=6500, batch=1, heads=1), 6),  # two rounds of parts
+    (Problem(d=128, sq=130, sk=2200, batch=1, heads=2, kv_heads=1, dtype="float16"), 3),
+    (Problem(d=256, sq=200, sk=2100, batch=1), 3),
+    (Problem(d=192, dv=128, sq=100, sk=2700, batch=1, heads=1), 3),
+    (Problem(d=40, dv=104, groups=5, sq=100, sk=2200, batch=1, heads=1), 3),
+    (Problem(d=64, l2norm=False, sq=100, sk=1500, batch=1, heads=1), 3),
+    (Problem(d=160, dv=24, sq=100, sk=2400, heads=1, batch=1), 3),
+]
+"""Full attention, and into how many parts the last tiles are cut."""
+
+
+@pytest.mark.parametrize(("problem", "parts"), IN_PARTS, ids=str)
+def test_last_tiles_in_parts(problem: Problem, parts: int) -> None:
+    problem = replace(problem, arch="sm90")
+    check_forward(problem)
+    t, spec = tensors_of(problem), next(specs(problem))
+    tiles, keys = forward_tiles(spec), t.k.shape[0] * t.k.shape[1] * t.k.shape[2]
+    result = harness.run_forward(spec, t.q, t.k, t.v, scale=t.scale)
+    before = 2 * keys * spec.head_dim if spec.l2norm else 0  # k_hat, or factors
+    if tiles.key_factors:
+        before = 4 * keys // t.k.shape[2] * (-(-t.k.shape[2] // tiles.block_n) * tiles.block_n)
+    sums = 4 * tiles.block_m * 2 * (-(-spec.value_dim // 16) * 8 + 2)  # of a part; 32 lanes have 16 rows
+    assert result.workspace.numel() == 256 + -(-before // 256) * 256 + parts * sums
+
+
+def test_who_sees_what_is_not_finite_in_parts() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, length, 128, dtype=torch.bfloat16) for length in (100, 2300, 2300))
+    q[0, 0, 7] = torch.nan
+    v[0, 0, 2000, 3] = torch.inf
+    spec = harness.spec_of("forward", q, k, v, arch="sm90")
+    out = harness.run_forward(spec, q, k, v).out
+    broken = torch.zeros_like(out, dtype=torch.bool)
+    broken[0, 0, 7] = True
+    broken[..., 3] = True
+    assert torch.equal(~out.isfinite(), broken)
 
 
 @pytest.mark.parametrize("d", [40, 64, 96])
@@ -283,6 +329,20 @@ def test_long_causal_heads(d: int, heads: int, length: int) -> None:
     for b in range(2):
         exact = cosine_attention_reference(*(x[b : b + 1].double() for x in (q, k, v)), causal=True)
         assert relative_error(out[b : b + 1], exact) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("d", "heads", "length"),
+    [(32, 7, 8200), (64, 1, 8000), (96, 5, 9000), (128, 9, 8192), (192, 2, 5000), (256, 3, 8500)],
+)
+def test_last_tiles_in_parts_on_a_gpu(d: int, heads: int, length: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, length, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    out = cosine_attention(q, k, v)
+    assert all(torch.equal(cosine_attention(q, k, v), out) for _ in range(20))
+    exact = cosine_attention_reference(*(x.double() for x in (q, k, v)))
+    assert relative_error(out, exact) < 5e-3
 
 
 @pytest.mark.gpu

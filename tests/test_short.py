@@ -24,13 +24,13 @@ from cosattn.spec import KernelSpec
 from cosattn.tiles_short import (
     FEW_HEADS,
     MEASURED,
-    NOT_MEASURED,
     backward_tiles,
     by_warpgroups,
     forward_tiles,
     size_class,
     warpgroup_tiles,
 )
+from cosattn.tiles_sm90_forward import FEW_KEYS
 
 FORWARD = KernelSpec("forward", "sm90", "bfloat16", 32, 32)
 BACKWARD = replace(FORWARD, direction="backward")
@@ -87,8 +87,6 @@ def test_lengths_and_heads_decide(direction: str, features: dict[str, Any], name
         ):
             chosen = sized(spec, q_len, k_len, heads=heads)
             served = max(q_len, k_len) <= most
-            if heads == MANY:
-                served &= max(q_len, k_len) not in NOT_MEASURED.get((direction, name, d), ())
             assert (family_of(chosen) == "short") == served, (d, q_len, k_len, heads)
             assert served == (0 < chosen.short <= 256), "larger classes are those of the sm90 family"
             assert replace(chosen, few=False, short=0, split=0) == spec
@@ -138,7 +136,7 @@ def test_what_the_kernels_can_not_serve() -> None:
 
 def test_few_classes_serve_all_lengths() -> None:
     """Every class is a kernel that somebody compiles."""
-    assert {sized(FORWARD, n, n, heads=MANY).short for n in range(1, 257)} == {64, 96, 128}
+    assert {sized(FORWARD, n, n, heads=MANY).short for n in range(1, 257)} == {64, 96, 128, FEW_KEYS}
     assert {sized(BACKWARD, n, n, heads=MANY).short for n in range(1, 257)} == set(range(64, 257, 32))
 
 
