@@ -500,7 +500,7 @@ def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             break
         rows.append(row)
         print(f"[{number}/{len(cases)}] {suite.line(row)}", flush=True)
-        save(result, args.output)  # a contender may end the process
+        save(result | {"complete": number == len(cases)}, args.output)  # a contender may end the process
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return result

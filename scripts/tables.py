@@ -310,10 +310,12 @@ def headline_block(results: Results) -> str:
             "geometric means over lengths from 512 on; cosattn's L2 norm is in its time, theirs was done beforehand"
         )
         sentences.append(f"{speed}{', '.join(versions(first))} ({condition}): {'; '.join(parts)}.")
-    speeds = {name: run["tokens_per_second"] for name, run in train_runs(results).items()}
+    runs = train_runs(results)
+    speeds = {name: run["tokens_per_second"] for name, run in runs.items()}
     if speeds.get(OURS) and speeds.get("sdpa"):
         gain = f"{speeds[OURS] / speeds['sdpa']:.2f}× as fast as with normalise + SDPA"
-        sentences.append(f"A small language model on contexts of 8192 bytes trains {gain}.")
+        how = ", both compiled" if all(runs[name]["config"]["compile"] for name in (OURS, "sdpa")) else ""
+        sentences.append(f"A small language model on contexts of 8192 bytes trains {gain}{how}.")
     return "\n".join(sentences)
 
 
@@ -527,9 +529,10 @@ def train_block(results: Results) -> str:
     lines += [["peak memory", *peaks], ["outcome", *(r["outcome"] for r in runs.values())]]
     first = next(iter(runs.values()))
     c = first["config"]
+    compiled = [name for name, run in runs.items() if run["config"]["compile"]]
     model = f"Depth {c['depth']}, dim {c['dim']}, {c['heads']} heads of {c['head_dim']}, {c['groups']} groups, "
-    model += f"batch {c['batch']} × {c['seq_len']} bytes, {c['dtype']}, {'' if c['compile'] else 'not '}compiled; "
-    model += "same seed, data and steps. "
+    model += f"batch {c['batch']} × {c['seq_len']} bytes, {c['dtype']}; same seed, data and steps. "
+    model += f"Compiled: {', '.join(compiled) or 'none'}. "
     image = Path(os.path.relpath(results.folder, results.page.parent)).as_posix()
     plot = f"![validation loss]({image}/train.svg)"
     return "\n\n".join([table(["", *runs], lines), model + machine(first), plot])
