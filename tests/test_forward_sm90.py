@@ -318,6 +318,17 @@ def test_heads_of_long_sequences_come_in_waves(d: int, heads: int) -> None:
     assert relative_error(out, expected) < 5e-3
 
 
+@pytest.mark.parametrize("d", [104, 256])
+def test_blocks_of_very_many_keys_begin_below_their_own(d: int) -> None:
+    """Two tiles; at d 256 there are more keys than those among which blocks begin."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, length, d, dtype=torch.bfloat16) for length in (140, 33_000, 33_000))
+    spec = harness.spec_of("forward", q, k, v, arch="sm90", causal=True)
+    out = harness.run_forward(spec, q, k, v).out
+    expected = cosine_attention_reference(q.double(), k.double(), v.double(), causal=True)
+    assert relative_error(out, expected) < 5e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("d", "heads", "length"), [(128, 4, 8192), (256, 7, 4200), (64, 5, 4096)])
 def test_long_causal_heads(d: int, heads: int, length: int) -> None:
