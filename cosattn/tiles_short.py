@@ -208,9 +208,9 @@ FEW_HEADS = MULTIPROCESSORS
 """With fewer heads in all the batch, launches and the time of one block decide."""
 
 MEASURED: dict[tuple[str, str], dict[int, tuple[int, int]]] = {
-    ("forward", ""): {32: (256, 192), 64: (256, 128), 128: (128, 64)},
+    ("forward", ""): {32: (256, 256), 64: (256, 256), 128: (128, 128)},
     ("forward", "online"): {32: (144, 256), 64: (0, 64), 128: (0, 64)},
-    ("forward", "causal"): {32: (256, 192), 64: (144, 144), 128: (0, 64)},
+    ("forward", "causal"): {32: (256, 256), 64: (144, 144), 128: (0, 64)},
     ("forward", "causal online"): {32: (144, 256), 64: (0, 64), 128: (0, 64)},
     ("forward", "mask"): {32: (256, 256), 64: (144, 144), 128: (128, 128)},
     ("forward", "mask online"): {32: (144, 256), 64: (128, 128), 128: (64, 128)},
@@ -229,6 +229,18 @@ MEASURED: dict[tuple[str, str], dict[int, tuple[int, int]]] = {
 }
 """By direction and features, by head dim: up to so many queries and keys these kernels ran on an H200, right and faster
 than the others, with few heads and with more."""
+
+NOT_MEASURED: dict[tuple[str, str, int], range] = {("forward", "", 64): range(129, 193)}
+"""Lengths below those of ``MEASURED`` that did not run with more heads, by direction, features and head dim."""
+
+TAKEN_OVER: dict[tuple[str, str, int], int] = {
+    ("forward", "", 32): 192,
+    ("forward", "", 64): 128,
+    ("forward", "", 128): 64,
+    ("forward", "causal", 32): 192,
+}
+"""Above so many queries, and keys, of more heads the sm90 kernel of few keys is faster. Calls whose query heads share
+keys, to which that kernel is worth less, did not run, nor did fewer queries of more keys."""
 
 
 def measured(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -> bool:
@@ -258,6 +270,11 @@ def measured(spec: KernelSpec, q_len: int, k_len: int, group: int, heads: int) -
     if spec.direction == "backward" and group > 1 and not many:  # a block has all queries of its keys
         return False
     features, length = _features(spec), max(q_len, k_len)
+    key = spec.direction, features, spec.head_dim
+    if many and length in NOT_MEASURED.get(key, ()):
+        return False
+    if many and group == 1 and min(q_len, k_len) > TAKEN_OVER.get(key, length):
+        return False
     return length <= MEASURED.get((spec.direction, features), {}).get(spec.head_dim, (0, 0))[many]
 
 

@@ -460,12 +460,12 @@ def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Every row of a suite, until the time limit or until the GPU no longer answers."""
     deadline = time.monotonic() + 60 * args.minutes
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"suite": args.suite, "environment": environment(device), "complete": True, "rows": rows}
+    result: dict[str, Any] = {"suite": args.suite, "environment": environment(device), "complete": False, "rows": rows}
     if args.suite in OTHER:
         for row in OTHER[args.suite](device):
             rows.append(row)
             print(json.dumps(row), flush=True)
-        return result
+        return result | {"complete": True}
     suite = TIMED[args.suite]
     cases, run = suite.cases(args), suite.run
     if suite.rivals:
@@ -489,20 +489,20 @@ def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     )
     for number, case in enumerate(cases, 1):
         if time.monotonic() > deadline:
-            result["complete"] = False
             print(f"time limit: {len(cases) - number + 1} of {len(cases)} cases not measured", flush=True)
             break
         try:
             row = run(case, stopwatch)
         except Exception as error:  # outside the stopwatch: after a fault of the GPU nothing works any more
-            result["complete"] = False
             print(f"stopped at {case.label}: {type(error).__name__}: {error}", flush=True)
             break
         rows.append(row)
         print(f"[{number}/{len(cases)}] {suite.line(row)}", flush=True)
-        save(result | {"complete": number == len(cases)}, args.output)  # a contender may end the process
+        save(result, args.output)  # a contender may end the process
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    else:
+        result["complete"] = True
     return result
 
 

@@ -24,6 +24,8 @@ from cosattn.spec import KernelSpec
 from cosattn.tiles_short import (
     FEW_HEADS,
     MEASURED,
+    NOT_MEASURED,
+    TAKEN_OVER,
     backward_tiles,
     by_warpgroups,
     forward_tiles,
@@ -87,9 +89,18 @@ def test_lengths_and_heads_decide(direction: str, features: dict[str, Any], name
         ):
             chosen = sized(spec, q_len, k_len, heads=heads)
             served = max(q_len, k_len) <= most
+            if heads == MANY:
+                served &= max(q_len, k_len) not in NOT_MEASURED.get((direction, name, d), ())
+                served &= min(q_len, k_len) <= TAKEN_OVER.get((direction, name, d), 256)
             assert (family_of(chosen) == "short") == served, (d, q_len, k_len, heads)
             assert served == (0 < chosen.short <= 256), "larger classes are those of the sm90 family"
             assert replace(chosen, few=False, short=0, split=0) == spec
+            if served or heads == FEW:
+                continue
+            shared = sized(spec, q_len, k_len, 2, heads)  # keys that heads share are not taken over
+            taken_over = min(q_len, k_len) > TAKEN_OVER.get((direction, name, d), 256)
+            measured = max(q_len, k_len) not in NOT_MEASURED.get((direction, name, d), ())
+            assert (family_of(shared) == "short") == (taken_over and measured and max(q_len, k_len) <= most)
     spec = named(direction, **features)
     alone, grouped = sized(spec, 49, 49, 1, MANY), sized(spec, 49, 49, 4, MANY)
     assert alone == grouped
