@@ -102,6 +102,11 @@ TARGETS = (
     Target(batch=1, head_dim=256, value_dim=256, q_len=200, k_len=2900),
     Target(heads=4, kv_heads=4, head_dim=96, value_dim=96, q_len=333, k_len=333, causal=True),  # backward: tiles passed
     Target(heads=4, kv_heads=4, head_dim=128, value_dim=128, q_len=333, k_len=333, causal=True),
+    Target(batch=1, heads=17, kv_heads=17, q_len=1600, k_len=1010),  # backward: blocks of keys in parts
+    Target(batch=1, heads=17, kv_heads=17, head_dim=128, value_dim=128, q_len=1600, k_len=1010),
+    Target(batch=1, heads=17, kv_heads=17, head_dim=256, value_dim=256, q_len=1600, k_len=500),
+    Target(batch=2, heads=60, kv_heads=60, q_len=600, k_len=600, causal=True),  # backward: sums cleared ahead
+    Target(batch=2, heads=40, kv_heads=40, head_dim=128, value_dim=128, q_len=300, k_len=600),
 )
 
 

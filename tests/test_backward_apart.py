@@ -166,7 +166,8 @@ TUNED = [
 def test_products_are_not_serialised(spec: KernelSpec, tmp_path: Path) -> None:
     cubin = compile_spec(spec, tmp_path)
     assert_not_serialised(cubin)
-    assert set(cubin.kernels) == {"prepare", "backward_keys", "backward_queries"}
+    in_parts = {"add_parts"} if spec.head_dim > 128 and not (spec.causal or spec.mask) else set()
+    assert set(cubin.kernels) == {"prepare", "backward_keys", "backward_queries"} | in_parts
     # S, dP and dQ of a step, and of the first one S and dP.
     steps = spec.head_dim // 16
     assert cubin.kernels["backward_queries"].count("HGMMA") >= 2 * 2 * steps + 4

@@ -120,6 +120,32 @@ def assert_not_finite_stays(problem: Problem, name: str, row: int) -> None:
         assert x[0, 1].isfinite().all()
 
 
+CLEARED_AHEAD = [
+    Problem(d=32, sq=130, sk=200, batch=3, heads=4),
+    Problem(d=64, sq=70, sk=300, batch=2, heads=6, causal=True),
+    Problem(d=64, sq=200, sk=50, batch=3, heads=4, mask=True),  # a block a head
+    Problem(d=96, sq=150, sk=300, batch=2, heads=12, kv_heads=4, dtype="float16"),
+    Problem(d=128, sq=70, sk=260, batch=3, heads=3),  # more blocks of keys than tiles of queries
+    Problem(d=128, sq=200, sk=170, batch=3, heads=8, kv_heads=4, causal=True),
+    Problem(d=80, dv=48, sq=700, sk=130, batch=1, heads=5, groups=2),
+]
+"""More heads than prepare clears the sums of, for the three multiprocessors of the emulator."""
+
+
+@pytest.mark.parametrize("problem", CLEARED_AHEAD, ids=str)
+def test_sums_that_blocks_of_keys_clear(problem: Problem) -> None:
+    problem = replace(problem, arch="sm90")
+    check(problem)
+    forward, spec = specs(problem)
+    t = tensors_of(problem)
+    first = harness.run_forward(forward, t.q, t.k, t.v, mask=t.mask)
+    workspace = harness.run_backward(spec, t.q, t.k, t.v, first.out, first.lse, t.dout, mask=t.mask).workspace
+    blocks = -(-(problem.sk or problem.sq) // (64 * backward_tiles(spec).parts))
+    heads = problem.batch * (problem.kv_heads or problem.heads)
+    counts = torch.tensor([blocks] * heads, dtype=torch.int32).view(torch.uint8)
+    assert torch.equal(workspace[-256:][: counts.numel()], counts)  # each share of each head
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_a_bias_that_hides(d: int) -> None:
     """By minus infinity: nothing goes to what is hidden, and a row that sees nothing is zero."""

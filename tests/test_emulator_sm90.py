@@ -662,7 +662,8 @@ __global__ void sums(float* result, float* seen, int bug) {
     fence_async();
     __syncthreads();
     if (t == 0) {
-        reduce_floats(result + (BUG(misaligned) ? 2 : 0), shared_address(shared), BUG(size) ? 62 : 64);
+        if (BUG(store)) store_floats(result, shared_address(shared), 64);
+        else reduce_floats(result + (BUG(misaligned) ? 2 : 0), shared_address(shared), BUG(size) ? 62 : 64);
         store_box_commit();
     }
     if (BUG(reuse)) s[t] = 0.f;
@@ -685,6 +686,8 @@ def test_sums_of_floats() -> None:
         run(compiled(SUMS), result, seen, case=case)
         assert torch.equal(result, 3 * torch.arange(64.0) + 1)
         assert sorted(seen.tolist()) == expected
+    run(compiled(SUMS), result, seen, case="store")
+    assert torch.equal(result, torch.arange(64.0))
     faults(compiled(SUMS), "destination.* is not 16-byte aligned", result, seen, case="misaligned")
     faults(compiled(SUMS), "62 floats", result, seen, case="size")
     faults(compiled(SUMS), "which the store of thread 0 .* reads|race in shared memory", result, seen, case="reuse")
@@ -714,6 +717,31 @@ def test_turns() -> None:
         assert order.tolist() == list(range(1, 9))
     for bug in ("index", "no_pass"):  # a block that started earlier waits for a later one; nobody passes the turn on
         faults(compiled(TURNS), "deadlock: wait_for_turn", total, order, torch.zeros(4, dtype=torch.int32), case=bug)
+
+
+COUNTS = """
+__global__ void counts(float* sum, float* seen, unsigned* state, int bug) {
+    if (threadIdx.x != 0) return;
+    const unsigned number = BUG(index) ? blockIdx.x : atomicAdd(state, 1u);
+    wait_for_count(state + 1, number);
+    seen[number] = *sum += 1.f;
+    rest<100>();
+    if (!BUG(no_count)) count_done(state + 1);
+}
+extern "C" int start(void** p, int bug) {
+    return launch(counts, Launch{dim3(8), 32, 1024, nullptr, false}, static_cast<float*>(p[0]),
+                  static_cast<float*>(p[1]), static_cast<unsigned*>(p[2]), bug);
+}
+"""
+
+
+def test_counts() -> None:
+    for seed in SEEDS:
+        total, seen = torch.zeros(4), torch.zeros(8)
+        run(compiled(COUNTS), total, seen, torch.zeros(4, dtype=torch.int32), seed=seed)
+        assert seen.tolist() == list(range(1, 9))
+    for bug in ("index", "no_count"):  # a block that started earlier waits for a later one; nobody counts
+        faults(compiled(COUNTS), "deadlock: wait_for_count", total, seen, torch.zeros(4, dtype=torch.int32), case=bug)
 
 
 TRANSPOSE = """

@@ -143,7 +143,12 @@ __device__ __forceinline__ void store_box(const TensorMap& map, uint32_t from, i
                  "r"(from), "r"(column), "r"(row), "r"(head), "r"(batch)
                  : "memory");
 }
-// Floats side by side, shared to global: global += shared, in no defined order. Its bytes are a multiple of 16.
+// Floats side by side, shared to global; their bytes are a multiple of 16.
+__device__ __forceinline__ void store_floats(float* to, uint32_t from, int floats) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(floats * 4)
+                 : "memory");
+}
+// The same, but global += shared, in no defined order.
 __device__ __forceinline__ void reduce_floats(float* to, uint32_t from, int floats) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
                  "r"(floats * 4)
@@ -183,6 +188,20 @@ __device__ __forceinline__ void fence_turns() { asm volatile("fence.acq_rel.gpu;
 __device__ __forceinline__ void pass_turn(unsigned* turn, unsigned mine) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(mine + 1) : "memory");
 }
+
+// Let others of the multiprocessor work, for about so many nanoseconds.
+template <int NANOSECONDS> __device__ __forceinline__ void rest() {
+    asm volatile("nanosleep.u32 %0;" ::"n"(NANOSECONDS));
+}
+
+// ---- work that blocks do for each other ---------------------------------------------------------------------------
+
+// What this thread has written, or has seen others of its warp write, is there for whoever waits for the count.
+__device__ __forceinline__ void count_done(unsigned* done) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(done) : "memory");
+}
+// Those who count must have started before this block, as with turns.
+__device__ __forceinline__ void wait_for_count(const unsigned* done, unsigned all) { wait_for_turn(done, all); }
 
 // ---- floats that blocks tell each other ---------------------------------------------------------------------------
 

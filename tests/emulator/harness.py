@@ -72,6 +72,8 @@ class Backward:
     dscale_rows: Tensor | None
     """(B, Hq, Sq) float32: q_hat . sum_j dS_ij k_hat_j of each row; their sum over b and rows is dscale."""
     statistics: dict[str, int]
+    workspace: Tensor
+    """Bytes, as the kernels left them."""
 
 
 class Library:
@@ -212,10 +214,10 @@ def run_backward(
         tensors["dbias"] = memory.empty("dbias", tuple(bias.shape), torch.float32)
     if want_dscale:
         tensors["dscale"] = memory.empty("dscale", tuple(q.shape[:-1]), torch.float32)
-    statistics, _ = _launch(spec, memory, tensors, scale, seed)
+    statistics, workspace = _launch(spec, memory, tensors, scale, seed)
     dq, dk, dv = (tensors[name].clone() for name in ("dq", "dk", "dv"))
     dbias, dscale = (tensors[name].clone() if name in tensors else None for name in ("dbias", "dscale"))
-    return Backward(dq, dk, dv, dbias, dscale, statistics)
+    return Backward(dq, dk, dv, dbias, dscale, statistics, workspace.clone())
 
 
 def _inputs(

@@ -350,7 +350,7 @@ void start_store(const char* name, Store& store, Site site) {
 
 void write(const Store& store) {
     m.last = store.where;
-    if (!store.sums) {
+    if (!store.floats) {
         for_chunks(store.map, store.at, store.from, [&](uint32_t offset, const unsigned char* global, int bytes) {
             if (!bytes) return;
             global_access(global, size_t(bytes), Kind::write, store.where, true);
@@ -358,11 +358,11 @@ void write(const Store& store) {
         });
         return;
     }
-    global_access(store.sums, size_t(store.size), Kind::write, store.where, true);
+    global_access(store.floats, size_t(store.size), Kind::write, store.where, true);
     for (int i = 0; i < store.size / 4; ++i) {
         float x;
         memcpy(&x, &store.read[size_t(4 * i)], sizeof x);
-        store.sums[i] += x;
+        store.floats[i] = store.add ? store.floats[i] + x : x;
     }
 }
 
@@ -420,16 +420,17 @@ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier, Site
 }
 
 void store_box(const TensorMap& map, uint32_t from, int column, int row, int head, int batch, Site site) {
-    Store store{map, {column, row, head, batch}, nullptr, 0, map.box_rows * map.pitch, 0, site};
+    Store store{map, {column, row, head, batch}, nullptr, false, 0, map.box_rows * map.pitch, 0, site};
     store.from = require_box("store_box", from, map, store.at, site);
     start_store("store_box", store, site);
 }
 
-void reduce_floats(float* to, uint32_t from, int floats, Site site) {
-    if (floats <= 0 || floats % 4) fault("reduce_floats at %s: %d floats", text(site).c_str(), floats);
-    require_aligned("reduce_floats (destination)", to, 16, site);
-    Store store{{}, {}, to, offset_of("reduce_floats", from, floats * 4, 16, site), floats * 4, 0, site};
-    start_store("reduce_floats", store, site);
+void store_floats(float* to, uint32_t from, int floats, bool add, Site site) {
+    const char* name = add ? "reduce_floats" : "store_floats";
+    if (floats <= 0 || floats % 4) fault("%s at %s: %d floats", name, text(site).c_str(), floats);
+    require_aligned(add ? "reduce_floats (destination)" : "store_floats (destination)", to, 16, site);
+    Store store{{}, {}, to, add, offset_of(name, from, floats * 4, 16, site), floats * 4, 0, site};
+    start_store(name, store, site);
 }
 
 void store_box_commit() { ++m.fiber->store_group; }

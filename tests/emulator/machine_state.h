@@ -59,7 +59,8 @@ struct Copy {
 struct Store {
     TensorMap map;
     int at[4];
-    float* sums;    // null for a box
+    float* floats;  // null for a box
+    bool add;       // to what is there
     uint32_t from;  // offset in shared memory
     int size;
     Time group;

@@ -88,8 +88,11 @@ inline void store_box(const TensorMap& map, uint32_t from, int column, int row, 
                       emulator::Site site = EMULATOR_CALLER) {
     emulator::store_box(map, from, column, row, head, batch, site);
 }
+inline void store_floats(float* to, uint32_t from, int floats, emulator::Site site = EMULATOR_CALLER) {
+    emulator::store_floats(to, from, floats, false, site);
+}
 inline void reduce_floats(float* to, uint32_t from, int floats, emulator::Site site = EMULATOR_CALLER) {
-    emulator::reduce_floats(to, from, floats, site);
+    emulator::store_floats(to, from, floats, true, site);
 }
 inline void store_box_commit() { emulator::store_box_commit(); }
 template <int N> inline void store_box_wait() { emulator::store_box_wait(N); }
@@ -111,6 +114,16 @@ inline void wait_for_turn(const unsigned* turn, unsigned mine, emulator::Site si
 }
 inline void fence_turns() {}
 inline void pass_turn(unsigned* turn, unsigned mine) { *turn = mine + 1; }
+
+template <int NANOSECONDS> inline void rest() {}
+
+// ---- work that blocks do for each other ----------------------------------------------------------------------------
+
+inline void count_done(unsigned* done) { ++*done; }
+inline void wait_for_count(const unsigned* done, unsigned all, emulator::Site site = EMULATOR_CALLER) {
+    if (*done != all)
+        emulator::fault("deadlock: wait_for_count at %s:%d for %u, it is %u", site.file, site.line, all, *done);
+}
 
 // ---- floats that blocks tell each other ---------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ void require_map(const char* name, const TensorMap& map, Site site);
 void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row, int head, int batch, Site site);
 void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier, Site site);
 void store_box(const TensorMap& map, uint32_t from, int column, int row, int head, int batch, Site site);
-void reduce_floats(float* to, uint32_t from, int floats, Site site);
+void store_floats(float* to, uint32_t from, int floats, bool add, Site site);
 void store_box_commit();
 void store_box_wait(int newest_allowed);
 void store_box_finish();
