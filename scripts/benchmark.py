@@ -22,6 +22,7 @@ norm is not in theirs; the other suites compare with what a user would write, no
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -320,13 +321,15 @@ def run_host(device: torch.device) -> Iterator[dict[str, Any]]:
 # Building what a suite needs, all kernels at once
 
 
-def needed_specs(cases: Iterable[Case], device: torch.device) -> list[KernelSpec]:
+def needed_specs(cases: Iterable[Case], device: torch.device, norms: Sequence[bool] = (True,)) -> list[KernelSpec]:
     """The kernel specs the cases will ask for, so that they are compiled in parallel before anything is timed."""
     arch = arch_of(torch.cuda.get_device_capability(device))
     if arch is None:
         return []
     specs: dict[KernelSpec, None] = {}
-    for case in cases:
+    for case, l2norm in itertools.product(cases, norms):
+        if not l2norm and case.direction != "forward":
+            continue
         dtype: Any = case.dtype
         forward = KernelSpec(
             "forward",
@@ -334,6 +337,7 @@ def needed_specs(cases: Iterable[Case], device: torch.device) -> list[KernelSpec
             dtype,
             case.head_dim,
             case.head_dim,
+            l2norm=l2norm,
             causal=case.causal,
             mask=case.mask_prob > 0,
             bias=dtype if case.bias else None,
@@ -430,6 +434,8 @@ class Suite:
     run: Callable[..., dict[str, Any]]
     """Of a case and a stopwatch; also of the rivals where ``rivals`` says so."""
     rivals: bool = False
+    norms: Sequence[bool] = (True,)
+    """Whether cosattn's forward has the L2 norm, or is timed with and without."""
     line: Callable[[dict[str, Any]], str] = times_line
     summary: Callable[[Sequence[dict[str, Any]]], str] = times_table
     rates: bool = False
@@ -448,7 +454,7 @@ TIMED: dict[str, Suite] = {
     "speed": Suite(speed_cases, run_speed),
     "windows": Suite(window_cases, run_windows),
     "short": Suite(short_cases, run_short, budget_s=0.015, least=5),
-    "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True),
+    "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True, norms=(True, False)),
     "today": GRID(hopper.today_cases, hopper.run_today, rivals=True, ahead=hopper.compile_today),
     "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3, heat_s=1.5),
     "product": GRID(hopper.product_cases, hopper.run_product),
@@ -474,7 +480,7 @@ def run_suite(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         run = partial(run, rivals=rivals)
         print(f"against {result['rivals'] or 'nobody'}; missing: {result['missing'] or 'none'}", flush=True)
     if device.type == "cuda":
-        result["prebuild_s"] = prebuild(needed_specs(cases, device))
+        result["prebuild_s"] = prebuild(needed_specs(cases, device, suite.norms))
         print(f"kernels ready after {result['prebuild_s']:.1f} s", flush=True)
         if suite.ahead is not None and result["rivals"]:
             result["ahead_s"] = in_processes(partial(suite.ahead, device=device), cases, lambda case: case.label)

@@ -1,6 +1,7 @@
 """The suites for a Hopper GPU: the grid against its fastest kernels, what a user runs today, long sequences, and power.
 
-hopper   raw q and k for cosattn, with the L2 norm inside its time; normalised inputs, and no norm, for the others
+hopper   raw q and k for cosattn, with the L2 norm inside its time; normalised inputs, and no norm, for the others, and
+         in the forward for cosattn once more, which shows what its norm costs
 today    the others normalise too, compiled by torch.compile, as they have to without cosattn
 flat     cosattn alone from 64k to 1M tokens: a kernel that streams keeps its speed
 product  beside a plain matrix product: what the tensor cores reach at the clock that the power limit leaves them
@@ -21,6 +22,7 @@ from baselines import RIVALS, Rival
 from cases import OURS, SCALE, Case, Inputs, cosattn_work, make_inputs, operations, row_of
 from torch import Tensor
 
+from cosattn import cosine_attention
 from cosattn.bench import Stopwatch, directions, table
 
 HEAD_DIMS = (32, 64, 96, 128, 256)
@@ -32,6 +34,7 @@ TOKENS, HIDDEN = 16384, 2048
 LONG_WORK = 3e14
 """Operations of one call of ``flat``, about half a second; a single head of the longest may take more."""
 
+NO_NORM = f"{OURS}, no norm"
 PRODUCT = "matrix product"
 PRODUCT_SIZE = 8192
 """Rows and columns of its operands: sixteen rounds of tiles for 132 multiprocessors, the last one nearly full."""
@@ -92,9 +95,11 @@ def product_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def run_hopper(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
-    """Ours with the L2 norm, theirs on inputs normalised beforehand; tensors stored (B, S, H, D)."""
+    """Ours with the L2 norm; theirs, and our forward without, on inputs normalised beforehand. Tensors stored
+    (B, S, H, D)."""
     x = make_inputs(case, stopwatch.device, heads_last=True)
-    return compare(case, x, stopwatch, bare_works(case, x, rivals))
+    ours = {NO_NORM: no_norm_work(case, x)} if case.direction == "forward" else {}
+    return compare(case, x, stopwatch, ours | bare_works(case, x, rivals))
 
 
 def run_today(case: Case, stopwatch: Stopwatch, rivals: Sequence[Rival]) -> Row:
@@ -149,13 +154,26 @@ def compiled_works(case: Case, x: Inputs, rivals: Iterable[Rival]) -> dict[str, 
 
 def bare_works(case: Case, x: Inputs, rivals: Iterable[Rival]) -> dict[str, Callable[[], object]]:
     """The side of each rival that is able, on inputs normalised beforehand."""
-    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
+    inputs = normalized(x)
 
     def theirs(rival: Rival) -> Callable[[], object]:
-        inputs = (q, k, x.v)
         return directions(lambda: rival.attention(*inputs, SCALE, case.causal), inputs, case.direction)
 
     return {rival.name: theirs(rival) for rival in able(rivals, case)}
+
+
+def no_norm_work(case: Case, x: Inputs) -> Callable[[], object]:
+    """Our side of a case on inputs normalised beforehand."""
+    q, k, v = normalized(x)
+    return directions(
+        lambda: cosine_attention(q, k, v, scale=SCALE, causal=case.causal, l2norm_qk=False), (q, k, v), case.direction
+    )
+
+
+def normalized(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k of unit length, as leaves of their own, and v."""
+    q, k = (F.normalize(t.detach(), dim=-1).requires_grad_() for t in (x.q, x.k))
+    return q, k, x.v
 
 
 def able(rivals: Iterable[Rival], case: Case) -> list[Rival]:
@@ -172,7 +190,7 @@ def compare(case: Case, x: Inputs, stopwatch: Stopwatch, theirs: dict[str, Calla
 
 def best_rival(row: Row) -> tuple[str, float] | None:
     """The fastest of the others, and how many times faster cosattn is. None when either side is missing."""
-    ratios: dict[str, float] = row["ratios"]
+    ratios: dict[str, float] = {name: ratio for name, ratio in row["ratios"].items() if name != NO_NORM}
     name = min(ratios, key=lambda n: ratios[n], default=None)
     return None if name is None else (name, ratios[name])
 
@@ -186,26 +204,31 @@ def place(case: Row) -> str:
 
 
 def summary_rows(rows: Iterable[Row]) -> list[list[str]]:
-    """By direction and group of head dims: cases, geometric mean of cosattn over the best rival, minimum and where."""
-    groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    """By direction and group of head dims: cases, geometric mean of cosattn over the best rival, minimum and where, and
+    the mean without the norm."""
+    groups: dict[tuple[str, str], list[tuple[float, str, float | None]]] = {}
     for row in rows:
         if (best := best_rival(row)) is not None:
             case = row["case"]
             size = f"d {case['head_dim']}" if case["head_dim"] > 64 else "d ≤ 64"
-            where = f"{place(case)}, {best[0]}"
+            where, no_norm = f"{place(case)}, {best[0]}", row["ratios"].get(NO_NORM)
             for group in (size, "all"):
-                groups.setdefault((case["direction"], group), []).append((best[1], where))
+                groups.setdefault((case["direction"], group), []).append(
+                    (best[1], where, no_norm and best[1] / no_norm)
+                )
     order = sorted(groups, key=lambda key: (key[0], key[1] == "all"))  # stable: head dims as they were measured
     lines = []
     for direction, group in order:
         values = groups[direction, group]
-        least, where = min(values)
-        mean = geometric_mean([ratio for ratio, _ in values])
-        lines.append([f"{direction}, {group}", str(len(values)), f"{mean:.3f}×", f"{least:.3f}×", where])
+        least, where, _ = min(values)
+        mean = geometric_mean([ratio for ratio, _, _ in values])
+        without = [ratio for _, _, ratio in values if ratio is not None]
+        last = f"{geometric_mean(without):.3f}×" if len(without) == len(values) else "-"
+        lines.append([f"{direction}, {group}", str(len(values)), f"{mean:.3f}×", f"{least:.3f}×", where, last])
     return lines
 
 
-SUMMARY_HEADER = ("cosattn / best rival", "cases", "geometric mean", "minimum", "where")
+SUMMARY_HEADER = ("cosattn / best rival", "cases", "geometric mean", "minimum", "where", "mean without its norm")
 
 
 def summary(rows: Sequence[Row]) -> str:

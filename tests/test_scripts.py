@@ -285,7 +285,7 @@ def grid_row(head_dim: int, length: int, ours: float | None, causal: bool = Fals
 GRID = [
     grid_row(64, 512, 400.0, FA3=200.0, FA4=320.0),
     grid_row(64, 512, 300.0, causal=True, FA3=375.0, FA4=None),
-    grid_row(128, 4096, 700.0, FA3=700.0, FA4=560.0),
+    grid_row(128, 4096, 700.0, FA3=700.0, FA4=560.0, **{hopper.NO_NORM: 770.0}),
     grid_row(128, 65536, None, FA3=650.0),
 ]
 
@@ -339,8 +339,8 @@ def test_the_suites_refuse_what_makes_no_sense() -> None:
 def test_summary_of_a_grid() -> None:
     lines = {line[0]: line[1:] for line in hopper.summary_rows(GRID)}
     assert list(lines) == ["forward, d ≤ 64", "forward, d 128", "forward, all"]
-    assert lines["forward, d ≤ 64"] == ["2", "1.000×", "0.800×", "d 64 S 512 causal, FA3"]  # of 1.25 and 0.8
-    assert lines["forward, d 128"][:2] == ["1", "1.000×"]
+    assert lines["forward, d ≤ 64"] == ["2", "1.000×", "0.800×", "d 64 S 512 causal, FA3", "-"]  # of 1.25 and 0.8
+    assert lines["forward, d 128"] == ["1", "1.000×", "1.000×", "d 128 S 4096, FA3", "1.100×"]
     assert "failed in 1 of 4 cases: FA4: JITError: shape" in hopper.summary(GRID)
     assert hopper.best_rival(GRID[0]) == ("FA4", 1.25)
     assert hopper.best_rival(GRID[3]) is None
@@ -369,12 +369,13 @@ def test_a_contender_that_fails_is_recorded_and_the_others_go_on() -> None:
     notes = {name: timing["note"] for name, timing in row["timings"].items()}
     assert notes == {
         "cosattn": "",
+        "cosattn, no norm": "",
         "fine": "",
         "late": "RuntimeError: illegal shape",
         "never": "ValueError: no kernel",
         "one way": "ValueError: no kernel",
     }
-    assert set(row["ratios"]) == {"fine"}
+    assert set(row["ratios"]) == {"fine", "cosattn, no norm"}
     assert row["timings"]["fine"]["repeats"] >= 4
     backward = hopper.run_hopper(replace(SMALL_CASE, direction="backward"), stopwatch, fakes)
     assert set(backward["timings"]) == {"cosattn", "late", "never"}
