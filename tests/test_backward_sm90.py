@@ -121,13 +121,14 @@ def assert_not_finite_stays(problem: Problem, name: str, row: int) -> None:
 
 
 CLEARED_AHEAD = [
-    Problem(d=32, sq=130, sk=200, batch=3, heads=4),
-    Problem(d=64, sq=70, sk=300, batch=2, heads=6, causal=True),
-    Problem(d=64, sq=200, sk=50, batch=3, heads=4, mask=True),  # a block a head
-    Problem(d=96, sq=150, sk=300, batch=2, heads=12, kv_heads=4, dtype="float16"),
-    Problem(d=128, sq=70, sk=260, batch=3, heads=3),  # more blocks of keys than tiles of queries
-    Problem(d=128, sq=200, sk=170, batch=3, heads=8, kv_heads=4, causal=True),
-    Problem(d=80, dv=48, sq=700, sk=130, batch=1, heads=5, groups=2),
+    Problem(d=32, sq=710, sk=200, batch=3, heads=3),
+    Problem(d=64, sq=720, sk=300, batch=2, heads=6, causal=True),
+    Problem(d=64, sq=730, sk=50, batch=3, heads=3, mask=True),  # a block a head
+    Problem(d=96, sq=250, sk=300, batch=2, heads=12, kv_heads=4, dtype="float16"),
+    Problem(d=128, sq=740, sk=1700, batch=1, heads=3),  # more blocks of keys than tiles of queries
+    Problem(d=128, sq=400, sk=400, heads=8, kv_heads=4, causal=True),
+    Problem(d=80, dv=48, sq=750, sk=130, batch=1, heads=6, groups=2),
+    Problem(d=64, sq=200, sk=100, batch=3, heads=4),  # a short walk: by prepare
 ]
 """More heads than prepare clears the sums of, for the three multiprocessors of the emulator."""
 
