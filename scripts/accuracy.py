@@ -23,7 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmark import Case, needed_specs, prebuild
+from benchmark import needed_specs, prebuild
+from cases import Case, relative_error
 from machine import environment
 
 from cosattn import cosine_attention
@@ -46,7 +47,7 @@ def results_of(attention: Callable[..., Tensor], inputs: Sequence[Tensor], gradi
 
 def errors_of(results: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
     """Relative Frobenius error of each result."""
-    return {n: float((x - t).norm() / t.norm()) for n, x, t in zip(NAMES, results, truth, strict=True)}
+    return {n: relative_error(x, t) for n, x, t in zip(NAMES, results, truth, strict=True)}
 
 
 def measure(dtype: str, head_dim: int, causal: bool, length: int, device: torch.device) -> dict[str, Any]:

@@ -81,6 +81,12 @@ def cosattn_work(case: Case, x: Inputs) -> Callable[[], object]:
     )
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """In Frobenius norm, computed in float64."""
+    exact = expected.double()
+    return float((found.detach().double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
 def operations(case: Case) -> float:
     """By the usual count: two products forward, five backward, half of them under a causal mask."""
     products = {"forward": 2.0, "backward": 5.0, "both": 7.0}[case.direction]

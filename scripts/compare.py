@@ -27,7 +27,7 @@ from types import ModuleType
 
 import torch
 from baselines import RIVALS, load_rivals, rival_names
-from cases import SCALE, Case, Inputs, make_inputs
+from cases import SCALE, Case, Inputs, make_inputs, relative_error
 from hopper import bare_works, grid
 from torch import Tensor
 
@@ -75,7 +75,7 @@ def tensors(result: object) -> list[Tensor]:
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative one."""
     pairs = zip(found, expected, strict=True)
-    return max(float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs)
+    return max(relative_error(a, b) for a, b in pairs)
 
 
 def error(out: Tensor, case: Case, x: Inputs) -> float:

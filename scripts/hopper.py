@@ -13,7 +13,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -203,32 +203,58 @@ def place(case: Row) -> str:
     return f"d {case['head_dim']} S {case['seq_len']}{' causal' * case['causal']}"
 
 
-def summary_rows(rows: Iterable[Row]) -> list[list[str]]:
-    """By direction and group of head dims: cases, geometric mean of cosattn over the best rival, minimum and where, and
-    the mean without the norm."""
-    groups: dict[tuple[str, str], list[tuple[float, str, float | None]]] = {}
+@dataclass(frozen=True)
+class Standing:
+    """Of cosattn beside the best of the others, over the cases of a direction and a group of head dims."""
+
+    direction: str
+    group: str
+    ratios: list[float]
+    wheres: list[str]
+    """The case of each ratio, and who was best."""
+    no_norm: list[float]
+    """The ratios that cosattn has without its norm, where it was timed without."""
+
+    @property
+    def mean(self) -> float:
+        return geometric_mean(self.ratios)
+
+    @property
+    def mean_without(self) -> float | None:
+        """None unless all cases were timed without the norm."""
+        return geometric_mean(self.no_norm) if len(self.no_norm) == len(self.ratios) else None
+
+
+def standings(rows: Iterable[Row]) -> list[Standing]:
+    """By direction, then by head dim as they were measured, then all of them."""
+    found: dict[tuple[str, str], Standing] = {}
     for row in rows:
-        if (best := best_rival(row)) is not None:
-            case = row["case"]
-            size = f"d {case['head_dim']}" if case["head_dim"] > 64 else "d ≤ 64"
-            where, no_norm = f"{place(case)}, {best[0]}", row["ratios"].get(NO_NORM)
-            for group in (size, "all"):
-                groups.setdefault((case["direction"], group), []).append(
-                    (best[1], where, no_norm and best[1] / no_norm)
-                )
-    order = sorted(groups, key=lambda key: (key[0], key[1] == "all"))  # stable: head dims as they were measured
+        if (best := best_rival(row)) is None:
+            continue
+        case, (name, ratio) = row["case"], best
+        for group in (f"d {case['head_dim']}" if case["head_dim"] > 64 else "d ≤ 64", "all"):
+            standing = found.setdefault((case["direction"], group), Standing(case["direction"], group, [], [], []))
+            standing.ratios.append(ratio)
+            standing.wheres.append(f"{place(case)}, {name}")
+            if NO_NORM in row["ratios"]:
+                standing.no_norm.append(ratio / row["ratios"][NO_NORM])
+    return sorted(found.values(), key=lambda standing: (standing.direction, standing.group == "all"))
+
+
+def summary_table(rows: Iterable[Row]) -> str:
+    """A line for each standing, with a column for the mean without the norm where that was timed; empty without any."""
+    header = ["cosattn / best rival", "cases", "geometric mean", "minimum", "where"]
+    found = standings(rows)
     lines = []
-    for direction, group in order:
-        values = groups[direction, group]
-        least, where, _ = min(values)
-        mean = geometric_mean([ratio for ratio, _, _ in values])
-        without = [ratio for _, _, ratio in values if ratio is not None]
-        last = f"{geometric_mean(without):.3f}×" if len(without) == len(values) else "-"
-        lines.append([f"{direction}, {group}", str(len(values)), f"{mean:.3f}×", f"{least:.3f}×", where, last])
-    return lines
-
-
-SUMMARY_HEADER = ("cosattn / best rival", "cases", "geometric mean", "minimum", "where", "mean without its norm")
+    for standing in found:
+        least, where = min(zip(standing.ratios, standing.wheres, strict=True))
+        name = f"{standing.direction}, {standing.group}"
+        lines.append([name, str(len(standing.ratios)), f"{standing.mean:.3f}×", f"{least:.3f}×", where])
+    if any(standing.mean_without for standing in found):
+        header.append("mean without its norm")
+        for line, standing in zip(lines, found, strict=True):
+            line.append(f"{standing.mean_without:.3f}×" if standing.mean_without else "-")
+    return table(header, lines) if lines else ""
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -240,8 +266,7 @@ def summary(rows: Sequence[Row]) -> str:
         if timing["milliseconds"] is None
     )
     lines = [f"failed in {count} of {len(rows)} cases: {what}" for what, count in failures.items()]
-    ratios = summary_rows(rows)
-    return "\n".join([table(SUMMARY_HEADER, ratios) if ratios else "no case has both sides", *lines])
+    return "\n".join([summary_table(rows) or "no case has both sides", *lines])
 
 
 def flat_summary(rows: Sequence[Row]) -> str:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cases import relative_error
+
 from cosattn import cosine_attention
 from cosattn.bench import DTYPES
 from cosattn.reference import cosine_attention_reference
@@ -144,7 +146,7 @@ def run(target: Target, device: torch.device) -> float:
     got = torch.autograd.grad(wanted, list(leaves.values()), gradients)
     truth = torch.autograd.grad(wanted64, list(exact.values()), [g.double() for g in gradients])
     pairs = [(out, out64), (lse[visible], lse64[visible]), *zip(got, truth, strict=True)]
-    worst = max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+    worst = max(relative_error(a, b) for a, b in pairs)
     if not worst <= TOLERANCE[t.dtype]:
         raise AssertionError(f"{t.label}: relative error {worst:.2e} > {TOLERANCE[t.dtype]:.0e}")
     return worst

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hopper import NO_NORM, SUMMARY_HEADER, best_rival, summary_rows
+from hopper import NO_NORM, best_rival, standings, summary_table
 from plot import Line, Panel, figure
 from short_sequences import BARE, COMPILED, EAGER, GRAPH
 
@@ -228,8 +228,9 @@ def hopper_block(results: Results) -> str:
             [f"d {head_dim}, S {length}", *hopper_cells(rows.get(False)), *hopper_cells(rows.get(True))]
             for (head_dim, length), rows in hopper_sizes(result).items()
         ]
-        note = hopper_note(result) + " Without its norm cosattn gets normalised inputs, too." * (direction == "forward")
-        parts += [table(header, lines), table(SUMMARY_HEADER, summary_rows(result["rows"])), note]
+        summary = summary_table(result["rows"])
+        note = " Without its norm cosattn gets normalised inputs, too." * ("without" in summary)
+        parts += [table(header, lines), summary, hopper_note(result) + note]
         parts += results.plot(name, "TFLOP/s over length")
     return "\n\n".join(["## Against the kernels of a Hopper GPU", *parts] if parts else [])
 
@@ -251,7 +252,7 @@ def by_length(direction: str, result: Result) -> tuple[str, str]:
         for causal in (False, True)
         if any(causal in rows for (size, _), rows in sizes.items() if size == d)
     ]
-    means = ", ".join(f"{line[0].removeprefix(f'{direction}, ')} {line[2]}" for line in summary_rows(rows))
+    means = ", ".join(f"{standing.group} {standing.mean:.3f}×" for standing in standings(rows))
     note = f"In brackets: times the best of {', '.join(versions({**result, 'rows': rows}))}; geometric means: {means}."
     return table([f"{direction}, TFLOP/s", *(f"S {length}" for length in lengths)], lines), note
 
@@ -300,8 +301,8 @@ def headline_block(results: Results) -> str:
     parts = []
     for direction in dict.fromkeys(direction for direction, _, _ in grids):
         rows = [row for found, _, result in grids if found == direction for row in result["rows"]]
-        groups = [line for line in summary_rows(rows) if not line[0].endswith(", all")]
-        means = [f"{float(mean[:-1]):.2f}× at {name.removeprefix(f'{direction}, ')}" for name, _, mean, *_ in groups]
+        groups = [standing for standing in standings(rows) if standing.group != "all"]
+        means = [f"{standing.mean:.2f}× at {standing.group}" for standing in groups]
         parts.append(f"{direction} {', '.join(means)}")
     sentences = []
     if parts:

@@ -337,10 +337,19 @@ def test_the_suites_refuse_what_makes_no_sense() -> None:
 
 
 def test_summary_of_a_grid() -> None:
-    lines = {line[0]: line[1:] for line in hopper.summary_rows(GRID)}
-    assert list(lines) == ["forward, d ≤ 64", "forward, d 128", "forward, all"]
-    assert lines["forward, d ≤ 64"] == ["2", "1.000×", "0.800×", "d 64 S 512 causal, FA3", "-"]  # of 1.25 and 0.8
-    assert lines["forward, d 128"] == ["1", "1.000×", "1.000×", "d 128 S 4096, FA3", "1.100×"]
+    found = {f"{standing.direction}, {standing.group}": standing for standing in hopper.standings(GRID)}
+    assert list(found) == ["forward, d ≤ 64", "forward, d 128", "forward, all"]
+    narrow, wide, every = found.values()
+    assert narrow.mean == pytest.approx(1.0)  # of 1.25 and 0.8
+    assert narrow.mean_without is every.mean_without is None  # one of three was timed without the norm
+    assert wide.mean == pytest.approx(1.0)
+    assert wide.mean_without == pytest.approx(1.1)
+    header, _, first, second, _ = hopper.summary_table(GRID).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, first, second)]
+    assert cells[0][-1] == "mean without its norm"
+    assert cells[1] == ["forward, d ≤ 64", "2", "1.000×", "0.800×", "d 64 S 512 causal, FA3", "-"]
+    assert cells[2] == ["forward, d 128", "1", "1.000×", "1.000×", "d 128 S 4096, FA3", "1.100×"]
+    assert "norm" not in hopper.summary_table(GRID[:2])
     assert "failed in 1 of 4 cases: FA4: JITError: shape" in hopper.summary(GRID)
     assert hopper.best_rival(GRID[0]) == ("FA4", 1.25)
     assert hopper.best_rival(GRID[3]) is None
