@@ -121,14 +121,15 @@ def assert_not_finite_stays(problem: Problem, name: str, row: int) -> None:
 
 
 CLEARED_AHEAD = [
-    Problem(d=32, sq=710, sk=200, batch=3, heads=3),
-    Problem(d=64, sq=720, sk=300, batch=2, heads=6, causal=True),
-    Problem(d=64, sq=730, sk=50, batch=3, heads=3, mask=True),  # a block a head
-    Problem(d=96, sq=250, sk=300, batch=2, heads=12, kv_heads=4, dtype="float16"),
+    Problem(d=32, sq=710, sk=970, batch=1, heads=4),
+    Problem(d=64, sq=720, sk=650, batch=1, heads=5, causal=True),
+    Problem(d=64, sq=730, sk=660, mask=True),
+    Problem(d=96, sq=250, sk=700, batch=1, heads=12, kv_heads=4, dtype="float16"),
     Problem(d=128, sq=740, sk=1700, batch=1, heads=3),  # more blocks of keys than tiles of queries
-    Problem(d=128, sq=400, sk=400, heads=8, kv_heads=4, causal=True),
-    Problem(d=80, dv=48, sq=750, sk=130, batch=1, heads=6, groups=2),
-    Problem(d=64, sq=200, sk=100, batch=3, heads=4),  # a short walk: by prepare
+    Problem(d=128, sq=400, sk=660, batch=1, heads=8, kv_heads=4, causal=True),
+    Problem(d=80, dv=48, sq=750, sk=650, batch=1, heads=3, groups=2),
+    Problem(d=64, sq=200, sk=650, batch=1, heads=4),  # a short walk: by prepare
+    Problem(d=64, sq=770, sk=100, batch=1, heads=8),  # a block a head: by prepare
 ]
 """More heads than prepare clears the sums of, for the three multiprocessors of the emulator."""
 
