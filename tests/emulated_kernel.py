@@ -79,11 +79,14 @@ def extension_in_use(module: Any, stream: int | None = None) -> Iterator[None]:
     """Calls go through the host extension, on emulated kernels unless a real stream function's address is given."""
     if stream is None:
         stream = ctypes.cast(current_stream, ctypes.c_void_p).value or 0
+    # Or a first plan would look for the extension, and connect it to the streams of a torch that has CUDA.
+    begun, host._begun = host._begun, True
     host.connect(module, stream, autograd.gradients_for_host)
     try:
         yield
     finally:
         host.disconnect()
+        host._begun = begun
         plan.plans.clear()  # plans remember that the extension knew them
 
 
