@@ -22,7 +22,6 @@ norm is not in theirs; the other suites compare with what a user would write, no
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -321,15 +320,21 @@ def run_host(device: torch.device) -> Iterator[dict[str, Any]]:
 # Building what a suite needs, all kernels at once
 
 
-def needed_specs(cases: Iterable[Case], device: torch.device, norms: Sequence[bool] = (True,)) -> list[KernelSpec]:
+def normalized(_: Case) -> tuple[bool, ...]:
+    """Every call of cosattn has the L2 norm."""
+    return (True,)
+
+
+def needed_specs(
+    cases: Iterable[Case], device: torch.device, norms: Callable[[Case], Sequence[bool]] = normalized
+) -> list[KernelSpec]:
     """The kernel specs the cases will ask for, so that they are compiled in parallel before anything is timed."""
     arch = arch_of(torch.cuda.get_device_capability(device))
     if arch is None:
         return []
     specs: dict[KernelSpec, None] = {}
-    for case, l2norm in itertools.product(cases, norms):
-        if not l2norm and case.direction != "forward":
-            continue
+    calls = [(case, l2norm) for case in cases for l2norm in norms(case)]
+    for case, l2norm in calls:
         dtype: Any = case.dtype
         forward = KernelSpec(
             "forward",
@@ -434,8 +439,8 @@ class Suite:
     run: Callable[..., dict[str, Any]]
     """Of a case and a stopwatch; also of the rivals where ``rivals`` says so."""
     rivals: bool = False
-    norms: Sequence[bool] = (True,)
-    """Whether cosattn's forward has the L2 norm, or is timed with and without."""
+    norms: Callable[[Case], Sequence[bool]] = normalized
+    """Whether the calls of cosattn that a case times have the L2 norm."""
     line: Callable[[dict[str, Any]], str] = times_line
     summary: Callable[[Sequence[dict[str, Any]]], str] = times_table
     rates: bool = False
@@ -454,7 +459,7 @@ TIMED: dict[str, Suite] = {
     "speed": Suite(speed_cases, run_speed),
     "windows": Suite(window_cases, run_windows),
     "short": Suite(short_cases, run_short, budget_s=0.015, least=5),
-    "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True, norms=(True, False)),
+    "hopper": GRID(hopper.hopper_cases, hopper.run_hopper, rivals=True, norms=hopper.norms),
     "today": GRID(hopper.today_cases, hopper.run_today, rivals=True, ahead=hopper.compile_today),
     "flat": GRID(hopper.flat_cases, hopper.run_flat, summary=hopper.flat_summary, least=3, heat_s=1.5),
     "product": GRID(hopper.product_cases, hopper.run_product),

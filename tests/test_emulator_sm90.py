@@ -6,6 +6,7 @@ A planted bug is a case of a kernel that passes: ``BUG(name)`` is true in the li
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -701,7 +702,9 @@ __global__ void turns(float* sum, float* order, unsigned* state, int bug) {
     if (look_at_turn(state + 1) != number) wait_for_turn(state + 1, number);
     order[number] = *sum += 1.f;
     fence_turns();
-    if (!BUG(no_pass)) pass_turn(state + 1, number);
+    rest<100>();
+    if (BUG(count)) count_turn(state + 1);
+    else if (!BUG(no_pass)) pass_turn(state + 1, number);
 }
 extern "C" int start(void** p, int bug) {
     return launch(turns, Launch{dim3(8), 32, 1024, nullptr, false}, static_cast<float*>(p[0]),
@@ -711,37 +714,12 @@ extern "C" int start(void** p, int bug) {
 
 
 def test_turns() -> None:
-    for seed in SEEDS:
+    for seed, case in itertools.product(SEEDS, (0, "count")):  # passed to the next number, or counted
         total, order = torch.zeros(4), torch.zeros(8)
-        run(compiled(TURNS), total, order, torch.zeros(4, dtype=torch.int32), seed=seed)
+        run(compiled(TURNS), total, order, torch.zeros(4, dtype=torch.int32), seed=seed, case=case)
         assert order.tolist() == list(range(1, 9))
     for bug in ("index", "no_pass"):  # a block that started earlier waits for a later one; nobody passes the turn on
         faults(compiled(TURNS), "deadlock: wait_for_turn", total, order, torch.zeros(4, dtype=torch.int32), case=bug)
-
-
-COUNTS = """
-__global__ void counts(float* sum, float* seen, unsigned* state, int bug) {
-    if (threadIdx.x != 0) return;
-    const unsigned number = BUG(index) ? blockIdx.x : atomicAdd(state, 1u);
-    wait_for_count(state + 1, number);
-    seen[number] = *sum += 1.f;
-    rest<100>();
-    if (!BUG(no_count)) count_done(state + 1);
-}
-extern "C" int start(void** p, int bug) {
-    return launch(counts, Launch{dim3(8), 32, 1024, nullptr, false}, static_cast<float*>(p[0]),
-                  static_cast<float*>(p[1]), static_cast<unsigned*>(p[2]), bug);
-}
-"""
-
-
-def test_counts() -> None:
-    for seed in SEEDS:
-        total, seen = torch.zeros(4), torch.zeros(8)
-        run(compiled(COUNTS), total, seen, torch.zeros(4, dtype=torch.int32), seed=seed)
-        assert seen.tolist() == list(range(1, 9))
-    for bug in ("index", "no_count"):  # a block that started earlier waits for a later one; nobody counts
-        faults(compiled(COUNTS), "deadlock: wait_for_count", total, seen, torch.zeros(4, dtype=torch.int32), case=bug)
 
 
 TRANSPOSE = """

@@ -167,7 +167,7 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 // What earlier kernels have written to global memory is visible to the copy engine.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// ---- turns: blocks that add to the same floats one after another --------------------------------------------------
+// ---- turns: blocks that add to the same floats one after another, or clear them for others -------------------------
 
 // Whose turn it is. If it is one's own, then what those before have added is there after fence_turns().
 __device__ __forceinline__ unsigned look_at_turn(const unsigned* turn) {
@@ -189,19 +189,16 @@ __device__ __forceinline__ void pass_turn(unsigned* turn, unsigned mine) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(mine + 1) : "memory");
 }
 
+// In any order: one more of those before is done, and what this thread has written, or has seen others of its warp
+// write, is there for whoever waits.
+__device__ __forceinline__ void count_turn(unsigned* turn) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turn) : "memory");
+}
+
 // Let others of the multiprocessor work, for about so many nanoseconds.
 template <int NANOSECONDS> __device__ __forceinline__ void rest() {
     asm volatile("nanosleep.u32 %0;" ::"n"(NANOSECONDS));
 }
-
-// ---- work that blocks do for each other ---------------------------------------------------------------------------
-
-// What this thread has written, or has seen others of its warp write, is there for whoever waits for the count.
-__device__ __forceinline__ void count_done(unsigned* done) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(done) : "memory");
-}
-// Those who count must have started before this block, as with turns.
-__device__ __forceinline__ void wait_for_count(const unsigned* done, unsigned all) { wait_for_turn(done, all); }
 
 // ---- floats that blocks tell each other ---------------------------------------------------------------------------
 

@@ -114,16 +114,8 @@ inline void wait_for_turn(const unsigned* turn, unsigned mine, emulator::Site si
 }
 inline void fence_turns() {}
 inline void pass_turn(unsigned* turn, unsigned mine) { *turn = mine + 1; }
-
+inline void count_turn(unsigned* turn) { ++*turn; }
 template <int NANOSECONDS> inline void rest() {}
-
-// ---- work that blocks do for each other ----------------------------------------------------------------------------
-
-inline void count_done(unsigned* done) { ++*done; }
-inline void wait_for_count(const unsigned* done, unsigned all, emulator::Site site = EMULATOR_CALLER) {
-    if (*done != all)
-        emulator::fault("deadlock: wait_for_count at %s:%d for %u, it is %u", site.file, site.line, all, *done);
-}
 
 // ---- floats that blocks tell each other ---------------------------------------------------------------------------
 
