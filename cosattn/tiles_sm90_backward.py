@@ -27,6 +27,20 @@ KEYS = 64
 """Of a step of the walk over keys, where dQ has a kernel of its own."""
 
 
+def q_as_it_is(spec: KernelSpec) -> bool:
+    """Whether q is an operand as it is, and its norm a factor of logits: then nobody writes q_hat.
+
+    dS carries that factor, for which float16 has no range, and which dbias must not. If causal, what is not finite in q
+    would reach keys that do not see it. Below head dim 200 the factors take longer than q_hat.
+    """
+    plain = spec.groups == 1 and spec.dtype == "bfloat16" and spec.bias is None
+    return plain and spec.head_dim > 192 and not spec.causal
+
+
+EARLY_TERMS = 192
+"""By gradient: the widest head whose -lse and -delta are loaded beside the products. ptxas makes wider ones slower."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueryTiles:
     """How the kernel of dQ is cut, where it has one of its own. A block owns ``warpgroups`` times 64 queries."""
@@ -46,7 +60,7 @@ class QueryTiles:
         shares = self.buffers * self.warpgroups  # each of a warpgroup
         keys = KEYS * (self.k_stages * d + self.v_stages * dv)
         barriers = 8 * (4 * shares + 2 * (self.k_stages + self.v_stages))
-        row_values = BLOCK_M * 8 * (2 if spec.groups == 1 else 1)
+        row_values = BLOCK_M * ((12 if q_as_it_is(spec) else 8) + (8 if spec.groups == 1 else 0))
         return 2 * (shares * BLOCK_M * (d + dv) + keys) + -(-barriers // 16) * 16 + shares * (row_values + 16)
 
 
@@ -113,7 +127,7 @@ class BackwardTiles:
         d, dv = (padded(columns, narrow=not self.by_gradient) for columns in (spec.head_dim, spec.value_dim))
         ds_buffers = 0 if self.apart else self.ds_buffers
         ds = ds_buffers * self.block_n * BLOCK_M
-        statistics = self.stages * (32 if self.fold else 8) * BLOCK_M
+        statistics = self.stages * (32 if self.fold else 16 if q_as_it_is(spec) else 8) * BLOCK_M
         barriers = 8 * 2 * (self.stages + ds_buffers)
         if self.by_gradient:
             queries = self.stages * BLOCK_M * (d + dv)
@@ -222,12 +236,14 @@ def by_head(spec: KernelSpec, q_len: int, group: int, heads: int) -> int:
     """``spec.short`` of a call that is faster with a head a block; 0 elsewhere.
 
     ``heads``: of k and v, in all the batch, ``group`` query heads each. They are taken in rounds, the last of which
-    must not leave many multiprocessors idle. Above 512 rows only causal calls gain.
+    must not leave many multiprocessors idle. Narrow heads gain only where the others' sums would have to take turns,
+    above 512 rows if causal, too.
     """
     size = head_class(spec, group * (-(-q_len // BLOCK_M) * BLOCK_M))
     rounds = -(-heads // MULTIPROCESSORS)
     full = heads >= 0.8 * rounds * MULTIPROCESSORS
-    return size if full and (size <= 512 or spec.causal) else 0
+    faster = spec.deterministic or max(spec.head_dim, spec.value_dim) > 32
+    return size if full and faster and (size <= 512 or spec.causal) else 0
 
 
 APART_KEYS = 1024
@@ -274,5 +290,7 @@ def cuts(spec: KernelSpec) -> dict[str, Any]:
     return {
         "tiles": backward_tiles(spec),
         "wgmma_columns": wgmma_columns(spec),
+        "q_as_it_is": q_as_it_is(spec),
+        "early_terms": max(spec.head_dim, spec.value_dim) <= EARLY_TERMS,
         "multiprocessors": MULTIPROCESSORS,
     }

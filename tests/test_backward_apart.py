@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from emulator.check import Problem, check, specs
+from emulator import harness
+from emulator.check import Problem, Tensors, check, specs, tensors_of
 from sass import compile_spec
 from test_backward_by_head import assert_right_and_repeatable, spec_of
 from test_backward_sm90 import assert_not_finite_stays, assert_not_serialised, assert_tiles_fit
@@ -20,7 +21,15 @@ from cosattn.arch import ARCHS
 from cosattn.families import family_of, sized
 from cosattn.render import render
 from cosattn.spec import KernelSpec
-from cosattn.tiles_sm90_backward import APART_KEYS, apart, apart_class, backward_tiles, repeatable, serves
+from cosattn.tiles_sm90_backward import (
+    APART_KEYS,
+    apart,
+    apart_class,
+    backward_tiles,
+    q_as_it_is,
+    repeatable,
+    serves,
+)
 
 PLAIN = KernelSpec("backward", "sm90", "bfloat16", 128, 128)
 WIDE = replace(PLAIN, head_dim=256, value_dim=256)
@@ -59,6 +68,11 @@ def test_results(problem: Problem) -> None:
         Problem(d=144, sq=70, sk=90, groups=6, scale=0, mask=True),
         Problem(d=192, sq=200, sk=60, causal=True, bias="bfloat16", bias_shape="bqk"),  # rows that see no key
         Problem(d=256, sq=70, sk=91, bias="float32", causal=True),
+        Problem(d=160, sq=150, sk=140, dtype="float16", dlse=True),
+        Problem(d=256, sq=300, sk=200, dlse=True, strided=True),
+        Problem(d=224, dv=256, sq=130, sk=70, mask=True, scale=0, heads=4, kv_heads=2),
+        Problem(d=256, dv=64, sq=65, sk=140, l2norm=False, softmax="online"),
+        Problem(d=200, sq=1, sk=129, batch=3),
     ],
     ids=str,
 )
@@ -76,6 +90,55 @@ def test_any_order_of_threads_and_blocks(causal: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_is_not_finite_stays_with_those_that_see_it(causal: bool, name: str, row: int) -> None:
     assert_not_finite_stays(Problem(d=128, causal=causal, apart=True), name, row)
+
+
+@pytest.mark.parametrize(("name", "row"), [("dout", 70), ("q", 70), ("v", 130)])
+def test_what_is_not_finite_in_wide_heads(name: str, row: int) -> None:
+    assert_not_finite_stays(Problem(d=256), name, row)
+
+
+def run_backward(problem: Problem, t: Tensors) -> harness.Backward:
+    forward, backward = specs(problem)
+    first = harness.run_forward(forward, t.q, t.k, t.v, mask=t.mask, scale=t.scale)
+    return harness.run_backward(backward, t.q, t.k, t.v, first.out, first.lse, t.dout, mask=t.mask, scale=t.scale)
+
+
+def test_rows_that_see_nothing_where_q_is_as_it_is() -> None:
+    """Whatever q holds there."""
+    problem = Problem(d=256, mask=True, arch="sm90")  # the last batch is hidden
+    _, backward = specs(problem)
+    assert q_as_it_is(backward)
+    t = tensors_of(problem)
+    t.q[-1, 0, 5, 3], t.q[-1, 1, 70] = torch.nan, torch.inf
+    found = run_backward(problem, t)
+    for gradient in (found.dq, found.dk, found.dv):
+        assert gradient[0].isfinite().all()
+        assert (gradient[-1] == 0).all()
+
+
+def test_one_head_of_queries_for_all() -> None:
+    problem = Problem(d=256, sq=70, sk=90, arch="sm90")
+    t = tensors_of(problem)
+    results = []
+    for q in (t.q[:, :1].expand_as(t.q), t.q[:, :1].repeat(1, problem.heads, 1, 1)):
+        results.append(run_backward(problem, replace(t, q=q)))
+    for gradient in ("dq", "dk", "dv"):
+        assert torch.equal(getattr(results[0], gradient), getattr(results[1], gradient))
+
+
+def test_where_q_is_an_operand_as_it_is() -> None:
+    for spec, expected in (
+        (WIDE, True),
+        (replace(WIDE, mask=True, value_dim=64), True),
+        (replace(WIDE, dtype="float16"), False),
+        (replace(WIDE, causal=True), False),
+        (replace(WIDE, groups=2), False),
+        (replace(WIDE, bias="float32"), False),
+        (replace(WIDE, head_dim=192), False),
+        (replace(PLAIN, short=APART_KEYS), False),
+    ):
+        assert q_as_it_is(spec) == expected
+        assert f"TensorMap k, v, {'q' if expected else 'q_hat'}," in render(spec).source
 
 
 def test_which_calls_get_it() -> None:

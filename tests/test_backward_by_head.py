@@ -88,6 +88,7 @@ def test_which_calls_get_it() -> None:
         chosen = sized(spec, rows, rows, 1, 1024)
         assert (chosen.short, family_of(chosen)) == (size, "sm90")
         assert chosen.deterministic == (size == 0)
+        assert by_head(replace(spec, deterministic=False), rows, 1, 1024) == (size if d > 32 else 0)
     assert by_head(PLAIN, 128, 4, 1024) == 512  # all query heads of a key head are one block's
     assert by_head(PLAIN, 128, 5, 1024) == 0
     # The last round is full, or nearly.
@@ -166,8 +167,8 @@ def test_no_sums_in_memory() -> None:
         (64, 130, 1000, {"deterministic": True}),
         (48, 300, 437, {"causal": True}),
         (48, 200, 130, {"causal": True}),
-        (32, 512, 500, {}),
-        (32, 1000, 900, {"causal": True}),
+        (32, 512, 500, {"deterministic": True}),
+        (32, 1000, 900, {"causal": True, "deterministic": True}),
         (40, 100, 100, {"groups": 5}),
     ],
 )
