@@ -109,6 +109,7 @@ TARGETS = (
     Target(batch=1, heads=17, kv_heads=17, head_dim=256, value_dim=256, q_len=1600, k_len=500),
     Target(batch=2, heads=60, kv_heads=60, q_len=600, k_len=600, causal=True),  # backward: sums cleared ahead
     Target(batch=2, heads=40, kv_heads=40, head_dim=128, value_dim=128, q_len=300, k_len=600),
+    Target(head_dim=256, value_dim=256, q_len=300, k_len=270, mask=True, tensor_scale=True),  # q as it is
 )
 
 
