@@ -83,7 +83,7 @@ def cosattn_work(case: Case, x: Inputs) -> Callable[[], object]:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """In Frobenius norm, computed in float64."""
-    exact = expected.double()
+    exact = expected.detach().double()
     return float((found.detach().double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 

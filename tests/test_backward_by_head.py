@@ -183,7 +183,8 @@ def test_on_a_gpu(d: int, q_len: int, k_len: int, options: dict[str, Any], dtype
 def spec_of(d: int, dtype: torch.dtype, options: dict[str, Any]) -> KernelSpec:
     name = "bfloat16" if dtype == torch.bfloat16 else "float16"
     spec = replace(PLAIN, dtype=name, head_dim=d, value_dim=d)  # type: ignore[arg-type]
-    return replace(spec, causal=options.get("causal", False), groups=options.get("groups", 1))
+    known = {name: options[name] for name in ("causal", "groups", "deterministic") if name in options}
+    return replace(spec, **known)
 
 
 def assert_right_and_repeatable(
