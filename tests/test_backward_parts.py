@@ -18,7 +18,7 @@ from cosattn import cosine_attention
 from cosattn.reference import cosine_attention_reference
 from cosattn.render import render
 from cosattn.spec import KernelSpec
-from cosattn.tiles_sm90_backward import BLOCK_M, backward_tiles
+from cosattn.tiles_sm90_backward import BLOCK_M, backward_tiles, q_as_it_is
 
 PLAIN = KernelSpec("backward", "sm90", "bfloat16", 64, 64)
 
@@ -44,7 +44,7 @@ def whole_bytes(spec: KernelSpec, problem: Problem) -> int:
     tiles = backward_tiles(spec)
     rows = problem.batch * problem.heads * -(-problem.sq // BLOCK_M) * BLOCK_M
     keys = problem.batch * (problem.kv_heads or problem.heads) * (problem.sk or problem.sq)
-    sizes = [rows * (32 if tiles.fold else 8), 4]  # statistics, and how many blocks were taken
+    sizes = [rows * (32 if tiles.fold else 20 if q_as_it_is(spec) else 8), 4]  # statistics, and how many blocks were taken
     if tiles.apart:
         sizes += [rows * spec.groups * 8, keys * spec.head_dim * 2, 4]  # through the norm, k_hat, blocks of queries
     else:
