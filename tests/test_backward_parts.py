@@ -44,7 +44,8 @@ def whole_bytes(spec: KernelSpec, problem: Problem) -> int:
     tiles = backward_tiles(spec)
     rows = problem.batch * problem.heads * -(-problem.sq // BLOCK_M) * BLOCK_M
     keys = problem.batch * (problem.kv_heads or problem.heads) * (problem.sk or problem.sq)
-    sizes = [rows * (32 if tiles.fold else 20 if q_as_it_is(spec) else 8), 4]  # statistics, and how many blocks were taken
+    statistics = 32 if tiles.fold else 20 if q_as_it_is(spec) else 8  # of a row
+    sizes = [rows * statistics, 4]  # and how many blocks were taken
     if tiles.apart:
         sizes += [rows * spec.groups * 8, keys * spec.head_dim * 2, 4]  # through the norm, k_hat, blocks of queries
     else:
