@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import harness
-from emulator.check import Problem, Tensors, check, specs, tensors_of
+from emulator.check import Problem, check, computed, specs, tensors_of
 from sass import compile_spec
 from test_backward_by_head import assert_right_and_repeatable, spec_of
 from test_backward_sm90 import assert_not_finite_stays, assert_not_serialised, assert_tiles_fit
@@ -97,12 +96,6 @@ def test_what_is_not_finite_in_wide_heads(name: str, row: int) -> None:
     assert_not_finite_stays(Problem(d=256), name, row)
 
 
-def run_backward(problem: Problem, t: Tensors) -> harness.Backward:
-    forward, backward = specs(problem)
-    first = harness.run_forward(forward, t.q, t.k, t.v, mask=t.mask, scale=t.scale)
-    return harness.run_backward(backward, t.q, t.k, t.v, first.out, first.lse, t.dout, mask=t.mask, scale=t.scale)
-
-
 def test_rows_that_see_nothing_where_q_is_as_it_is() -> None:
     """Whatever q holds there."""
     problem = Problem(d=256, mask=True, arch="sm90")  # the last batch is hidden
@@ -110,20 +103,21 @@ def test_rows_that_see_nothing_where_q_is_as_it_is() -> None:
     assert q_as_it_is(backward)
     t = tensors_of(problem)
     t.q[-1, 0, 5, 3], t.q[-1, 1, 70] = torch.nan, torch.inf
-    found = run_backward(problem, t)
-    for gradient in (found.dq, found.dk, found.dv):
-        assert gradient[0].isfinite().all()
-        assert (gradient[-1] == 0).all()
+    found = computed(problem, t)
+    for gradient in ("dq", "dk", "dv"):
+        assert found[gradient][0].isfinite().all()
+        assert (found[gradient][-1] == 0).all()
 
 
 def test_one_head_of_queries_for_all() -> None:
     problem = Problem(d=256, sq=70, sk=90, arch="sm90")
     t = tensors_of(problem)
-    results = []
-    for q in (t.q[:, :1].expand_as(t.q), t.q[:, :1].repeat(1, problem.heads, 1, 1)):
-        results.append(run_backward(problem, replace(t, q=q)))
+    first = t.q[:, :1]
+    expanded, repeated = (
+        computed(problem, replace(t, q=q)) for q in (first.expand_as(t.q), first.repeat(1, problem.heads, 1, 1))
+    )
     for gradient in ("dq", "dk", "dv"):
-        assert torch.equal(getattr(results[0], gradient), getattr(results[1], gradient))
+        assert torch.equal(expanded[gradient], repeated[gradient])
 
 
 def test_where_q_is_an_operand_as_it_is() -> None:
